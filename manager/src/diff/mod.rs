@@ -102,6 +102,7 @@ impl Differ {
         };
         match Layout::of(mounts) {
             Layout::Upper { upper, lowers } => {
+                self.snapshots.blocking_begin(upper)?;
                 let applied = layers::apply(blob, Target::Upper(upper, Lowers::open(&lowers)?), self.limits, cancel)?;
                 sync(upper)?;
                 Ok(applied)
@@ -111,6 +112,7 @@ impl Differ {
             }
             // it may get parents when it is committed
             Layout::Folder { path, .. } if self.snapshots.is_upper(path) => {
+                self.snapshots.blocking_begin(path)?;
                 let applied = layers::apply(blob, Target::Upper(path, Lowers::default()), self.limits, cancel)?;
                 self.snapshots.blocking_note(path, &applied.implicit)?;
                 sync(path)?;

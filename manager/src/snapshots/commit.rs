@@ -5,6 +5,7 @@
 //! ```
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 
 use containerd_client::services::v1::snapshots::Kind;
@@ -71,7 +72,11 @@ impl Snapshots {
             Snapshotter::Overlayfs | Snapshotter::Native => Beneath::Known,
         };
         let measured = layers::measure(&tree, beneath)?;
-        blocking_sync(&tree)?;
+        let since = match self.written.take(&tree) {
+            Some(since) => since,
+            None => File::open(&tree).on("open", &tree)?,
+        };
+        blocking_sync(&since, &tree)?;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }
 }
@@ -104,7 +109,6 @@ fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
 }
 
 /// Has the file system write everything back: there is no such call for one tree.
-pub(super) fn blocking_sync(tree: &Path) -> Result<()> {
-    let folder = std::fs::File::open(tree).on("open", tree)?;
-    rustix::fs::syncfs(&folder).map_err(std::io::Error::from).on("write back", tree)
+pub(super) fn blocking_sync(since: &File, tree: &Path) -> Result<()> {
+    rustix::fs::syncfs(since).map_err(std::io::Error::from).on("write back", tree)
 }

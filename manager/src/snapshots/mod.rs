@@ -20,6 +20,7 @@ mod prepare;
 mod removal;
 #[cfg(test)]
 mod tests;
+mod written;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,6 +94,8 @@ pub(crate) struct Snapshots {
     naming: Arc<RwLock<()>>,
     /// Folders that have no number yet.
     making: folders::Making,
+    /// Kept until a snapshot is committed.
+    written: written::Written,
     /// Why overlays cannot be used here.
     overlay_error: Option<Arc<str>>,
 }
@@ -115,6 +118,7 @@ impl Snapshots {
             removal,
             naming: Arc::default(),
             making: folders::Making::default(),
+            written: written::Written::default(),
             overlay_error: None,
         };
         for snapshotter in Snapshotter::ALL {
