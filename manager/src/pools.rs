@@ -16,12 +16,18 @@ pub(crate) struct Pools {
     pub(crate) bundles: Pool,
     /// Files of snapshots, for which calls wait.
     pub(crate) snapshots: Pool,
+    /// Sizes of trees that are in use.
+    pub(crate) usage: Pool,
+    /// Copies of trees, for snapshotters without overlays.
+    pub(crate) copies: Pool,
     /// Layers that are applied or created: each has another thread of its own.
     pub(crate) layers: Pool,
     /// Layers that are applied while their bytes arrive: they wait for slow clients.
     pub(crate) arriving: Pool,
     /// Deletion of files of snapshots.
     pub(crate) removal: Pool,
+    /// Archives of images: as slow as the clients that send and receive them.
+    pub(crate) archives: Pool,
     /// Bytes of content: hashed and written as they come, and read.
     pub(crate) content: Pool,
     /// Filters of lists: they may use all of a CPU.
@@ -35,9 +41,12 @@ impl Default for Pools {
         Self {
             bundles: Pool::new("bundles", BUNDLES),
             snapshots: Pool::new("snapshots", SNAPSHOTS),
+            usage: Pool::new("usage", USAGE),
+            copies: Pool::new("copies", COPIES),
             layers: Pool::new("layers", LAYERS),
             arriving: Pool::new("arriving_layers", ARRIVING),
             removal: Pool::new("removal", REMOVAL),
+            archives: Pool::new("archives", ARCHIVES),
             content: Pool::new("content", CONTENT),
             list_filters: Pool::new("list_filters", LIST_FILTERS),
             event_filters: Pool::new("event_filters", EVENT_FILTERS),
@@ -47,11 +56,14 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 8] {
+    pub(crate) fn all(&self) -> [&Pool; 11] {
         [
             &self.bundles,
+            &self.archives,
             &self.content,
             &self.snapshots,
+            &self.usage,
+            &self.copies,
             &self.layers,
             &self.arriving,
             &self.removal,
@@ -141,18 +153,23 @@ impl Drop for Counted {
 
 const BUNDLES: usize = 13;
 const SNAPSHOTS: usize = 4;
+const USAGE: usize = 2;
+const COPIES: usize = 2;
 /// As many as clients pull at once for one image.
 const LAYERS: usize = 3;
 /// Without a free one, a layer is applied once all of it is there.
 const ARRIVING: usize = 6;
 const REMOVAL: usize = 1;
+/// Further imports and exports wait.
+const ARCHIVES: usize = 8;
 const CONTENT: usize = 8;
 const LIST_FILTERS: usize = 2;
 const EVENT_FILTERS: usize = 1;
 /// Long reads of the store: one collection at a time.
 const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize = BUNDLES + CONTENT + SNAPSHOTS + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
+pub(crate) const THREADS: usize =
+    BUNDLES + CONTENT + ARCHIVES + SNAPSHOTS + USAGE + COPIES + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::lower::{Below, Lowers};
 use super::tree::{self, Found, Rung};
-use super::{OnFile as _, Result};
+use super::{Cancel, OnFile as _, Result};
 
 /// What a tree uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -41,7 +41,9 @@ struct Level {
 }
 
 /// Measures a tree. Whiteouts that hide nothing are removed from it: lists of a folder that only one layer has would show them.
-pub(crate) fn measure(path: &Path, beneath: Beneath<'_>) -> Result<Measured> {
+///
+/// Errors: ECANCELED when it is cancelled.
+pub(crate) fn measure(path: &Path, beneath: Beneath<'_>, cancel: &Cancel) -> Result<Measured> {
     let root = tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes())?;
     let mut count = Count { seen: HashSet::new(), measured: Measured::default() };
     count.add(&fstat(&root).file("look at", b"/")?);
@@ -55,6 +57,9 @@ pub(crate) fn measure(path: &Path, beneath: Beneath<'_>) -> Result<Measured> {
             levels.pop();
             continue;
         };
+        if cancel.is_cancelled() {
+            return Err(Errno::CANCELED).file("measure", &name);
+        }
         let folder = level.folder.fd().file("look at", &name)?;
         let stat = match statat(folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
             // it is in use, and changes

@@ -14,11 +14,11 @@ use std::time::Instant;
 use containerd_client::services::v1::snapshots::Kind;
 
 use super::commit::blocking_sync;
-use super::folders::{Made, blocking_make, blocking_name};
+use super::folders::{From, Made, blocking_make, blocking_name};
 use super::{Snapshots, Snapshotter, parent};
 use crate::content::hold;
 use crate::error::{Error, IoContext as _, Result};
-use crate::layers::{self, Beneath, Lowers};
+use crate::layers::{self, Beneath, Cancel, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
 use crate::store::{self, Meta, namespaces};
 
@@ -89,14 +89,17 @@ impl Snapshots {
     pub(crate) async fn draft(&self, snapshotter: Snapshotter, below: Option<PathBuf>) -> Result<Draft> {
         self.check_usable(snapshotter)?;
         let (base, making) = (self.base(snapshotter), self.making.clone());
-        let copies = snapshotter == Snapshotter::Native;
-        let below = below.filter(|_| copies);
+        let below = below.filter(|_| snapshotter == Snapshotter::Native);
+        let pool = if below.is_some() { &self.copies } else { &self.files };
+        let gate = self.gate.clone();
         let make = move || {
             let since = File::open(&base).on("open", &base)?;
-            let made = blocking_make(&making, snapshotter, &base, below.as_deref(), copies)?;
+            let stops = || gate.is_retired();
+            let from = below.as_deref().map_or(From::Nothing, |below| From::Copy(below, &stops));
+            let made = blocking_make(&making, snapshotter, &base, from)?;
             Ok::<_, Error>((made, since))
         };
-        let (made, since) = self.files.run(make).await??;
+        let (made, since) = pool.run(make).await??;
         Ok(Draft { snapshots: self.clone(), snapshotter, made: Some(made), since: Arc::new(since), begun: Instant::now() })
     }
 
@@ -227,6 +230,6 @@ pub(crate) fn blocking_settle(below: &[PathBuf], layer: &mut NewLayer) -> Result
 
 /// What a tree uses.
 pub(crate) fn blocking_usage(tree: &Path, beneath: Beneath<'_>) -> Result<Usage> {
-    let measured = layers::measure(tree, beneath)?;
+    let measured = layers::measure(tree, beneath, &Cancel::default())?;
     Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
 }
