@@ -66,6 +66,10 @@ impl Differ {
 
     /// The empty folder that a layer is to be applied to, if it is the upper folder of a snapshot here.
     pub(crate) fn upper(&self, mounts: &[Mount]) -> Option<Upper> {
+        if mount::is_mapped(mounts) {
+            // its files have other owners
+            return None;
+        }
         match Layout::of(mounts) {
             Layout::Upper { upper, lowers } => Some(Upper { tree: upper.to_owned(), below: Some(lowers) }),
             Layout::Folder { path, is_read_only: false } => Some(Upper { tree: path.to_owned(), below: None }),
@@ -110,6 +114,7 @@ impl Differ {
         };
         match Layout::of(mounts) {
             Layout::Upper { upper, lowers } => {
+                self.snapshots.blocking_begin(upper)?;
                 let applied = layers::apply(blob, Target::Upper(upper, Lowers::open(&lowers)?), self.limits, cancel)?;
                 sync(upper)?;
                 Ok(applied)
@@ -119,6 +124,7 @@ impl Differ {
             }
             // it may get parents when it is committed
             Layout::Folder { path, .. } if self.snapshots.is_upper(path) => {
+                self.snapshots.blocking_begin(path)?;
                 let applied = layers::apply(blob, Target::Upper(path, Lowers::default()), self.limits, cancel)?;
                 self.snapshots.blocking_note(path, &applied.implicit)?;
                 sync(path)?;

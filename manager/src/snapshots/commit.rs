@@ -5,6 +5,7 @@
 //! ```
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -140,7 +141,11 @@ impl Snapshots {
             Snapshotter::Overlayfs | Snapshotter::Native => Beneath::Known,
         };
         let measured = layers::measure(&tree, beneath, &Cancel::default())?;
-        blocking_sync(&tree)?;
+        let since = match self.written.take(&tree) {
+            Some(since) => since,
+            None => File::open(&tree).on("open", &tree)?,
+        };
+        blocking_sync(&since, &tree)?;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }
 }
@@ -173,7 +178,6 @@ pub(super) fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Cha
 }
 
 /// Has the file system write everything back: there is no such call for one tree.
-pub(super) fn blocking_sync(tree: &Path) -> Result<()> {
-    let folder = std::fs::File::open(tree).on("open", tree)?;
-    rustix::fs::syncfs(&folder).map_err(std::io::Error::from).on("write back", tree)
+pub(super) fn blocking_sync(since: &File, tree: &Path) -> Result<()> {
+    rustix::fs::syncfs(since).map_err(std::io::Error::from).on("write back", tree)
 }

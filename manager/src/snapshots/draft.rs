@@ -6,7 +6,10 @@
 //! ```
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_client::services::v1::snapshots::Kind;
 
@@ -14,7 +17,7 @@ use super::commit::blocking_sync;
 use super::folders::{From, Made, blocking_make, blocking_name};
 use super::{Snapshots, Snapshotter, parent};
 use crate::content::hold;
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext as _, Result};
 use crate::layers::{self, Beneath, Cancel, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
 use crate::store::{self, Meta, namespaces};
@@ -26,6 +29,9 @@ pub(crate) struct Draft {
     snapshotter: Snapshotter,
     /// Until it is a snapshot's.
     made: Option<Made>,
+    /// Open since before it was written to: see [`super::written`].
+    since: Arc<File>,
+    begun: Instant,
 }
 
 /// A draft with its layer, to become a committed snapshot.
@@ -49,6 +55,13 @@ impl Draft {
             Snapshotter::Overlayfs => folder.join(super::folders::FS),
             Snapshotter::Native => folder,
         }
+    }
+
+    /// Gives its files to the snapshot with that tree, which gets them by other means: its commit learns what cannot be written to the disk.
+    pub(crate) fn is_written_to(&self, tree: &Path) -> Result<()> {
+        let since = self.since.try_clone().on("open", tree)?;
+        self.snapshots.written.keep(tree, since);
+        Ok(())
     }
 
     /// Whether it is a folder for what differs from the layers below, rather than a copy of them.
@@ -80,12 +93,14 @@ impl Snapshots {
         let pool = if below.is_some() { &self.copies } else { &self.files };
         let gate = self.gate.clone();
         let make = move || {
+            let since = File::open(&base).on("open", &base)?;
             let stops = || gate.is_retired();
             let from = below.as_deref().map_or(From::Nothing, |below| From::Copy(below, &stops));
-            blocking_make(&making, snapshotter, &base, from)
+            let made = blocking_make(&making, snapshotter, &base, from)?;
+            Ok::<_, Error>((made, since))
         };
-        let made = pool.run(make).await??;
-        Ok(Draft { snapshots: self.clone(), snapshotter, made: Some(made) })
+        let (made, since) = pool.run(make).await??;
+        Ok(Draft { snapshots: self.clone(), snapshotter, made: Some(made), since: Arc::new(since), begun: Instant::now() })
     }
 
     /// Which of some keys have a committed snapshot. With a lease, it holds them from then on.
@@ -137,10 +152,10 @@ impl Snapshots {
         and: impl FnOnce(&mut Meta<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
-        if let Some(layer) = new.first() {
-            // on the file system of all of them
-            let tree = layer.draft.tree();
-            self.files.run(move || blocking_sync(&tree)).await??;
+        if let Some(first) = new.iter().min_by_key(|layer| layer.draft.begun) {
+            // on the file system of all of them; the first learns of all errors
+            let (since, tree) = (Arc::clone(&first.draft.since), first.draft.tree());
+            self.files.run(move || blocking_sync(&since, &tree)).await??;
         }
         let named: Vec<_> = new
             .iter()

@@ -24,6 +24,7 @@ mod proxy;
 mod removal;
 #[cfg(test)]
 mod tests;
+mod written;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -104,6 +105,8 @@ pub(crate) struct Snapshots {
     naming: Arc<RwLock<()>>,
     /// Folders that have no number yet.
     making: folders::Making,
+    /// Kept until a snapshot is committed.
+    written: written::Written,
     /// Snapshots that are being committed.
     committing: commit::Committing,
     /// Whether files could not be removed.
@@ -136,6 +139,7 @@ impl Snapshots {
             removal,
             naming: Arc::default(),
             making: folders::Making::default(),
+            written: written::Written::default(),
             committing: commit::Committing::default(),
             has_left: Arc::default(),
             proxies: proxy::Proxies::default(),

@@ -7,7 +7,7 @@ use containerd_client::types::Mount;
 
 use super::folders::{WORK, blocking_note_implicit};
 use super::{Chain, Snapshots, Snapshotter, idmap};
-use crate::error::{Error, Result};
+use crate::error::{Error, IoContext as _, Result};
 
 impl Snapshots {
     /// Errors: a folder is gone.
@@ -59,6 +59,14 @@ impl Snapshots {
         let folder = tree.parent()?;
         let is_ours = tree.file_name()? == super::folders::FS && folder.parent()? == self.base(Snapshotter::Overlayfs);
         is_ours.then_some(folder)
+    }
+
+    /// Before a layer is applied to the tree of an overlay's snapshot: its commit learns from then on what cannot be written to the disk.
+    pub(crate) fn blocking_begin(&self, tree: &Path) -> Result<()> {
+        if self.is_upper(tree) {
+            self.written.keep(tree, std::fs::File::open(tree).on("open", tree)?);
+        }
+        Ok(())
     }
 
     /// Records for the commit of the snapshot which folders a layer had no entries for, that was applied without knowing the layers below.

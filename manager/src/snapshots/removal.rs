@@ -52,6 +52,8 @@ impl Snapshots {
 
     /// Deletes the folders of snapshots whose rows are removed. What cannot be deleted is left to a later cleanup.
     pub(crate) async fn remove_folders(&self, removed: Vec<(Snapshotter, i64)>) {
+        let forget = |&(snapshotter, id): &(Snapshotter, i64)| drop(self.written.take(&self.tree(snapshotter, id)));
+        removed.iter().for_each(forget);
         let folders: Vec<_> = removed.into_iter().map(|(snapshotter, id)| self.folder(snapshotter, id)).collect();
         self.delete(folders).await;
     }

@@ -500,3 +500,50 @@ async fn a_file_that_cannot_be_removed_is_removed_later_and_keeps_no_other() {
     f.snapshots.cleanup(Snapshotter::Overlayfs).await.expect("cleaned up");
     assert!(f.numbers(Snapshotter::Overlayfs).is_empty() && !crate::gc::Snapshotters::take_left(&f.snapshots));
 }
+
+/// A file system on a disk that is full before it is: what it was given and cannot write is an error later.
+struct Failing {
+    folder: scratch::Folder,
+}
+
+impl Failing {
+    fn new() -> Self {
+        let this = Self { folder: scratch::Folder::new("failing") };
+        this.run("mkdir memory disk && mount -t tmpfs -o size=16m none memory && truncate -s 128m memory/file");
+        this.run("mkfs.ext4 -q -O ^has_journal -E lazy_itable_init=1 memory/file && mount -o loop,errors=continue memory/file disk");
+        this
+    }
+
+    fn run(&self, script: &str) {
+        let ran = std::process::Command::new("sh").args(["-ec", script]).current_dir(&*self.folder).output().expect("a shell");
+        assert!(ran.status.success(), "{script}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        let script = "umount -l disk; umount -l memory";
+        let _ = std::process::Command::new("sh").args(["-c", script]).current_dir(&*self.folder).output();
+    }
+}
+
+#[tokio::test]
+async fn a_commit_learns_of_files_that_were_not_written_though_another_was_told_first() {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+        eprintln!("skipped: a file system that fails needs root and loop devices");
+        return;
+    }
+    let failing = Failing::new();
+    let store = Store::open(&Files { meta: failing.folder.join("meta.db"), notes: failing.folder.join("notes.db") }).expect("a new store");
+    let disk = failing.folder.join("disk");
+    let snapshots = Snapshots::open(&disk, store, Gate::default(), Pool::new("test", 4), Pool::new("test", 1)).expect("a root");
+    let new = New { key: "a".to_owned(), parent: String::new(), kind: Kind::Active, labels: HashMap::new(), lease: None };
+    let mounts = snapshots.prepare(&place("overlayfs"), new).await.expect("prepared");
+    let tree = PathBuf::from(&mounts[0].source);
+    snapshots.blocking_begin(&tree).expect("a folder");
+    fs::write(tree.join("file"), vec![7; 40 << 20]).expect("it is in memory");
+    let told = rustix::fs::syncfs(fs::File::open(&disk).expect("a folder"));
+    assert!(told.is_err(), "the disk is full");
+    let commit = Commit { key: "a".to_owned(), name: "b".to_owned(), parent: String::new(), labels: HashMap::new(), lease: None };
+    snapshots.commit(&place("overlayfs"), commit).await.expect_err("its file is lost");
+}

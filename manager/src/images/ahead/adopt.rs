@@ -53,6 +53,7 @@ fn blocking_adopt(snapshots: &Snapshots, extracted: Extracted, upper: &Upper) ->
     }
     let Extracted { draft, implicit, .. } = extracted;
     let tree = draft.tree();
+    draft.is_written_to(&upper.tree)?;
     match &upper.below {
         Some(below) => {
             // measured again, with those below: whiteouts of nothing go

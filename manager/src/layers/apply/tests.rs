@@ -727,3 +727,21 @@ fn a_link_in_a_path_may_lead_up_again() {
     assert_eq!(fs::read_to_string(upper.join("x/y/z/file")).expect("a file"), "1");
     assert_eq!(fs::read_to_string(upper.join("w/file")).expect("a file"), "2");
 }
+
+#[test]
+fn a_deep_tree_is_measured_and_removed_with_few_descriptors() {
+    let folder = scratch::Folder::new("descriptors");
+    let target = new(&folder, "target");
+    merge(&Archive::default().file(vec!["a"; 1500].join("/"), "x").end(), &target).expect("applied");
+    let measured = crate::layers::measure(&target, Beneath::Known, &Cancel::default()).expect("measured");
+    assert_eq!(measured.inodes, 1501, "the root and all in it");
+    let most = std::cell::Cell::new(0);
+    let count = || most.set(most.get().max(fs::read_dir("/proc/self/fd").expect("descriptors").count()));
+    let mut keeps = |_stat: &Stat| {
+        count();
+        false
+    };
+    tree::clear(tree::open_root(&target).expect("a folder"), &mut keeps, &|| false).expect("removed");
+    assert!(most.get() < 700, "{} descriptors", most.get());
+    assert_eq!(fs::read_dir(&target).expect("a folder").count(), 0);
+}
