@@ -64,7 +64,9 @@ struct File {
     metrics: Metrics,
     restart: Restart,
     content: Content,
+    images: Images,
     gc: Gc,
+    transfer: Transfer,
     limits: Limits,
     proxy_plugins: BTreeMap<String, Proxy>,
 }
@@ -114,12 +116,26 @@ struct Content {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct Images {
+    unpack_while_arriving: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct Gc {
     pause_threshold: Option<f64>,
     deletion_threshold: Option<u32>,
     mutation_threshold: Option<u32>,
     schedule_delay_ms: Option<u32>,
     startup_delay_ms: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Transfer {
+    max_concurrent_downloads: Option<u32>,
+    max_concurrent_uploaded_layers: Option<u32>,
+    config_path: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -200,6 +216,7 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             _ => return Err(bad("content.sharing_policy", &policy, "shared or isolated")),
         };
     }
+    settings.unpacks_ahead = file.images.unpack_while_arriving.unwrap_or(settings.unpacks_ahead);
     let collection = &mut settings.collection;
     if let Some(threshold) = file.gc.pause_threshold {
         if !(0.0..=0.5).contains(&threshold) {
@@ -212,6 +229,29 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     let delay = |millis: Option<u32>, default| millis.map_or(default, |millis| Duration::from_millis(millis.into()));
     collection.schedule_delay = delay(file.gc.schedule_delay_ms, collection.schedule_delay);
     collection.startup_delay = delay(file.gc.startup_delay_ms, collection.startup_delay);
+    let transfer = &mut settings.transfer;
+    let counts = [
+        ("transfer.max_concurrent_downloads", file.transfer.max_concurrent_downloads, &mut transfer.max_concurrent_downloads),
+        (
+            "transfer.max_concurrent_uploaded_layers",
+            file.transfer.max_concurrent_uploaded_layers,
+            &mut transfer.max_concurrent_uploaded_layers,
+        ),
+    ];
+    for (key, value, place) in counts {
+        if let Some(value) = value {
+            if !(1..=1000).contains(&value) {
+                return Err(bad(key, &value, "from 1 to 1000"));
+            }
+            *place = usize::try_from(value).unwrap_or(1);
+        }
+    }
+    if let Some(folders) = file.transfer.config_path {
+        if !folders.is_empty() && !folders.split(':').all(|folder| folder.starts_with('/')) {
+            return Err(bad("transfer.config_path", &folders, "absolute paths of folders, joined by ':'"));
+        }
+        transfer.config_path = folders;
+    }
     for (name, proxy) in file.proxy_plugins {
         if identifier("proxy", &name).is_err() || Snapshotter::parse(&name).is_ok() {
             return Err(bad(
@@ -298,7 +338,7 @@ mod tests {
             });
         assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
         let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
-        assert_eq!(keys, 20);
+        assert_eq!(keys, 24);
     }
 
     #[test]
@@ -325,6 +365,8 @@ mod tests {
             "[limits]\nstore_bytes = 1",
             "[content]\nsharing_policy = \"both\"",
             "[gc]\npause_threshold = 0.6",
+            "[transfer]\nmax_concurrent_downloads = 0",
+            "[transfer]\nconfig_path = \"/a:b\"",
             "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"",
             "[proxy_plugins.native]\ntype = \"snapshot\"\naddress = \"/x\"",
             "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"x\"",

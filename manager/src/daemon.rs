@@ -99,6 +99,8 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     }
     tokio::spawn(upkeep::run(parts.store.clone(), parts.gate.clone(), Arc::clone(&parts.calls)));
     tokio::spawn(gc::run(Arc::clone(&parts.collector)));
+    let ahead = parts.ahead.clone();
+    tokio::spawn(async move { ahead.watch().await });
     if let Some(interval) = settings.restart_interval {
         tokio::spawn(restart::watch(Arc::clone(&parts.restarter), interval));
     }

@@ -16,6 +16,7 @@ mod gate;
 mod gc;
 mod guarded;
 mod host;
+mod images;
 mod invocation;
 mod layers;
 mod logging;

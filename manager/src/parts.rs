@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU64;
 
 use crate::api::{
     Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, MountService, Namespaces,
-    SandboxController, Sandboxes, Services, SnapshotService, TaskService, Version,
+    SandboxController, Sandboxes, Services, SnapshotService, Streams, TaskService, TransferService, Version,
 };
 use crate::content::Content;
 use crate::diff::Differ;
@@ -14,6 +14,9 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::gc::Collector;
 use crate::host::kernel_id;
+use crate::images::ahead::Ahead;
+use crate::images::unpack::Unpacker;
+use crate::images::{self, Transfers};
 use crate::metrics::Sources;
 use crate::mounts::Mounts;
 use crate::pools::Pools;
@@ -37,6 +40,9 @@ pub(crate) struct Parts {
     pub(crate) snapshots: Snapshots,
     differ: Differ,
     mounts: Mounts,
+    transfers: Arc<Transfers>,
+    /// Unpacks them before clients ask for it.
+    pub(crate) ahead: Ahead,
     pub(crate) collector: Arc<Collector>,
     pub(crate) content: Arc<Content>,
     pools: Pools,
@@ -75,6 +81,8 @@ impl Parts {
             state: settings.state.clone(),
         };
         let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.bundles.clone(), gate.clone());
+        let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
+        let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
@@ -84,6 +92,17 @@ impl Parts {
             gate.clone(),
             settings.collection,
         ));
+        let transfers = Arc::new(Transfers::new(images::Parts {
+            content: Arc::clone(&content),
+            store: store.clone(),
+            events: Arc::clone(&events),
+            gate: gate.clone(),
+            collector: Arc::clone(&collector),
+            unpacker,
+            pool: pools.content.clone(),
+            archives: pools.archives.clone(),
+            settings: settings.transfer.clone(),
+        }));
         Ok(Self {
             store,
             events,
@@ -96,6 +115,8 @@ impl Parts {
             snapshots,
             differ,
             mounts,
+            transfers,
+            ahead,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -107,7 +128,15 @@ impl Parts {
         let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
         let (events, tasks, collector) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks), || Arc::clone(&self.collector));
+        let streams = Arc::new(Streams::default());
         Services {
+            transfer: Arc::new(TransferService {
+                transfers: Arc::clone(&self.transfers),
+                streams: Arc::clone(&streams),
+                gate: gate(),
+                config_path: self.settings.transfer.config_path.clone(),
+            }),
+            streams,
             containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
             tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
             sandboxes: Arc::new(Sandboxes { store: store(), filters: filters.clone() }),
@@ -119,8 +148,9 @@ impl Parts {
                 store: store(),
                 events: events(),
                 filters: filters.clone(),
+                ahead: self.ahead.clone(),
             }),
-            diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            diff: Arc::new(DiffService { differ: self.differ.clone(), ahead: self.ahead.clone() }),
             mounts: Arc::new(MountService { mounts: self.mounts.clone(), filters: filters.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
@@ -130,6 +160,7 @@ impl Parts {
                 filters: filters.clone(),
                 gate: gate(),
                 pool: self.pools.content.clone(),
+                ahead: self.ahead.clone(),
                 address: self.settings.address.as_path().into(),
             }),
             images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),

@@ -29,12 +29,33 @@ pub(crate) struct Settings {
     pub(crate) restart_interval: Option<Duration>,
     /// Whether namespaces share content.
     pub(crate) sharing: Sharing,
+    /// Whether layers are unpacked before clients ask for it.
+    pub(crate) unpacks_ahead: bool,
     /// When garbage is collected.
     pub(crate) collection: Collection,
+    /// How images are pulled and pushed.
+    pub(crate) transfer: TransferSettings,
     /// Snapshotters that other processes serve.
     pub(crate) proxies: Vec<ProxyPlugin>,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
+}
+
+/// How images are pulled and pushed; containerd's settings and defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TransferSettings {
+    /// Blobs that arrive at the same time.
+    pub(crate) max_concurrent_downloads: usize,
+    /// Blobs that are sent at the same time.
+    pub(crate) max_concurrent_uploaded_layers: usize,
+    /// Folders with a hosts.toml for each registry, joined by `:`, for clients that name none; empty for none.
+    pub(crate) config_path: String,
+}
+
+impl Default for TransferSettings {
+    fn default() -> Self {
+        Self { max_concurrent_downloads: 3, max_concurrent_uploaded_layers: 3, config_path: String::new() }
+    }
 }
 
 /// Where metrics are served.
@@ -130,7 +151,9 @@ impl Default for Settings {
             metrics: None,
             restart_interval: Some(Duration::from_secs(10)),
             sharing: Sharing::default(),
+            unpacks_ahead: true,
             collection: Collection::default(),
+            transfer: TransferSettings::default(),
             proxies: Vec::new(),
             limits: Limits::default(),
         }

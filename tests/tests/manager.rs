@@ -2,20 +2,38 @@
 //!
 //! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
 
+#[path = "manager/ahead.rs"]
+mod ahead;
 #[path = "manager/api.rs"]
 mod api;
+#[path = "manager/archives.rs"]
+mod archives;
+#[path = "manager/bad_input.rs"]
+mod bad_input;
 #[path = "manager/content.rs"]
 mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/damage.rs"]
+mod damage;
+#[path = "manager/image_kills.rs"]
+mod image_kills;
+#[path = "manager/image_rows.rs"]
+mod image_rows;
 #[path = "manager/images.rs"]
 mod images;
+#[path = "manager/judges.rs"]
+mod judges;
 #[path = "manager/kills.rs"]
 mod kills;
 #[path = "manager/layers.rs"]
 mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
+#[path = "manager/power.rs"]
+mod power;
+#[path = "manager/power_vm.rs"]
+mod power_vm;
 #[path = "manager/proxies.rs"]
 mod proxies;
 #[path = "manager/restart.rs"]
@@ -24,6 +42,8 @@ mod restart;
 mod sandboxes;
 #[path = "manager/shims.rs"]
 mod shims;
+#[path = "manager/transfer.rs"]
+mod transfer;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -43,12 +63,19 @@ fn main() -> ExitCode {
         content_cases(),
         image_cases(),
         layer_cases(),
+        transfer_cases(),
+        archive_cases(),
+        ahead_cases(),
         proxy_cases(),
         ctr_cases(),
+        judge_cases(),
+        bad_input_cases(),
         restart_cases(),
         shim_cases(),
         sandbox_cases(),
         kill_cases(),
+        image_row_cases(),
+        power_cases(),
     ]
     .concat();
     runner::main(&cases, &[], programs)
@@ -68,7 +95,7 @@ fn api_cases() -> Vec<Case> {
             labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
             an_event_is_published_from_the_command_line,
-            transfers_are_unimplemented,
+            what_is_not_served_is_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
@@ -115,6 +142,40 @@ fn layer_cases() -> Vec<Case> {
     ]
 }
 
+fn transfer_cases() -> Vec<Case> {
+    cases![transfer,
+        Scope::Once =>
+            streams_are_opened_under_a_name_and_taken_once,
+            an_image_that_ten_clients_pull_is_fetched_once,
+            a_pull_that_is_cancelled_leaves_nothing,
+            an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
+            an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
+            odd_images_are_pulled_as_far_as_they_can_be,
+            of_an_index_what_is_here_is_exported_and_pushed,
+            a_registry_asks_the_client_for_its_secret,
+            layers_with_the_same_contents_keep_their_own_blobs,
+    ]
+}
+
+fn archive_cases() -> Vec<Case> {
+    cases![archives,
+        Scope::Once =>
+            archives_of_docker_and_of_tools_are_imported,
+            an_archive_that_is_wrong_is_refused_and_leaves_nothing,
+            an_import_that_was_made_before_writes_nothing,
+    ]
+}
+
+fn ahead_cases() -> Vec<Case> {
+    cases![ahead,
+        Scope::Once =>
+            a_pull_by_ctr_is_unpacked_while_it_downloads,
+            a_fetch_alone_is_not_unpacked,
+            a_pull_that_is_killed_leaves_nothing_and_can_be_repeated,
+            a_pull_whose_lease_is_deleted_says_so_and_can_be_repeated,
+    ]
+}
+
 fn image_cases() -> Vec<Case> {
     cases![images,
         Scope::Once =>
@@ -132,6 +193,27 @@ fn ctr_cases() -> Vec<Case> {
         .into_iter()
         .map(|case| case.within(std::time::Duration::from_secs(240)))
         .collect()
+}
+
+fn judge_cases() -> Vec<Case> {
+    cases![judges,
+        Scope::Once =>
+            umoci_and_containerd_unpack_the_same_tree_of_legal_layers,
+            what_skopeo_copies_to_a_registry_and_back_comes_back_byte_by_byte,
+    ]
+}
+
+fn bad_input_cases() -> Vec<Case> {
+    cases![bad_input,
+        Scope::Once =>
+            a_broken_layer_is_refused_with_one_sentence_and_leaves_nothing,
+            a_layer_of_a_hundred_thousand_entries_in_one_folder_is_unpacked_and_removed,
+            labels_longer_than_any_client_needs_are_refused,
+            labels_that_lead_in_circles_or_nowhere_stop_no_collection,
+            a_snapshot_that_cannot_be_removed_stops_no_collection,
+            the_collection_after_a_start_removes_what_has_expired_and_nothing_in_use,
+            three_hundred_images_are_looked_up_at_once,
+    ]
 }
 
 fn restart_cases() -> Vec<Case> {
@@ -187,4 +269,30 @@ fn kill_cases() -> Vec<Case> {
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()
+}
+
+fn image_row_cases() -> Vec<Case> {
+    cases![image_rows,
+        Scope::Once =>
+            an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
+            a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            an_image_that_is_removed_and_imported_again_at_once_is_whole,
+            what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
+            a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
+            a_damaged_ingest_begins_again,
+            an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
+        Scope::Daemons => upgrades_end_no_import,
+    ]
+    .into_iter()
+    .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
+    .collect()
+}
+
+fn power_cases() -> Vec<Case> {
+    let cuts = cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment];
+    let kills = cases![image_kills, Scope::Once => images_survive_kills_at_any_moment];
+    let machines = cases![power_vm, Scope::Once => an_acknowledged_image_survives_the_end_of_its_virtual_machine];
+    let cuts = cuts.into_iter().map(|case| case.within(power::deadline()));
+    let cuts = cuts.chain(machines.into_iter().map(|case| case.within(power_vm::deadline())));
+    cuts.chain(kills.into_iter().map(|case| case.within(image_kills::deadline()))).collect()
 }

@@ -4,6 +4,7 @@ use tonic::Request;
 
 use super::body::Share;
 use crate::error::{Error, Result};
+use crate::images::ahead::Connection;
 use crate::layers::Cancel;
 use crate::name::Namespace;
 
@@ -14,6 +15,7 @@ pub(super) struct Call {
     lease: Option<String>,
     pid: i32,
     share: Share,
+    connection: Option<Connection>,
     gone: Cancel,
 }
 
@@ -21,14 +23,19 @@ pub(super) struct Call {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Peer(pub(super) i32);
 
+/// The connection that a call came over.
+#[derive(Debug, Clone)]
+pub(super) struct Client(pub(super) Connection);
+
 impl Call {
     pub(super) fn of<Q>(request: &Request<Q>) -> Self {
         let text = |name: &str| request.metadata().get(name).and_then(|value| value.to_str().ok()).map(ToOwned::to_owned);
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
         let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
+        let connection = request.extensions().get::<Client>().map(|client| client.0.clone());
         let gone = request.extensions().get::<Cancel>().cloned().unwrap_or_default();
-        Self { namespace: text("containerd-namespace"), lease, pid, share, gone }
+        Self { namespace: text("containerd-namespace"), lease, pid, share, connection, gone }
     }
 
     /// Cancelled when the client does not wait any more: what is copied for it need not be.
@@ -44,6 +51,11 @@ impl Call {
     /// Gives back what the last message of its request's stream holds of the budget: it has been answered.
     pub(super) fn answered(&self) {
         self.share.release();
+    }
+
+    /// Ends with the client's connection.
+    pub(super) fn connection(&self) -> Option<&Connection> {
+        self.connection.as_ref()
     }
 
     /// The lease that is to hold what the call creates.

@@ -90,6 +90,8 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         plugins.push(shown);
     }
     plugins.push(with(plugin("io.containerd.differ.v1", "walking"), &platforms, &[], &[]));
+    plugins.push(plugin("io.containerd.streaming.v1", "manager"));
+    plugins.push(with(plugin("io.containerd.transfer.v1", "local"), &platforms, &[], &[]));
     let services = [
         "containers",
         "content",
@@ -104,7 +106,9 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         "sandbox-controllers",
         "sandboxes",
         "snapshots",
+        "streaming",
         "tasks",
+        "transfer",
         "version",
     ];
     plugins.extend(services.map(|service| plugin("io.containerd.grpc.v1", service)));

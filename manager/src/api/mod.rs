@@ -27,7 +27,9 @@ mod sandboxes;
 mod search;
 mod serve;
 mod snapshots;
+mod streaming;
 mod tasks;
+mod transfer;
 mod version;
 
 pub(crate) use calls::{BOUNDS, Calls, Cost};
@@ -47,5 +49,7 @@ pub(crate) use sandboxes::Sandboxes;
 pub(crate) use search::Filters;
 pub(crate) use serve::{Course, LAST_CALLS, serve};
 pub(crate) use snapshots::SnapshotService;
+pub(crate) use streaming::Streams;
 pub(crate) use tasks::TaskService;
+pub(crate) use transfer::TransferService;
 pub(crate) use version::Version;

@@ -31,7 +31,9 @@ use super::namespaces::Namespaces;
 use super::sandbox_controller::SandboxController;
 use super::sandboxes::Sandboxes;
 use super::snapshots::SnapshotService;
+use super::streaming::Streams;
 use super::tasks::TaskService;
+use super::transfer::TransferService;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::gate::{Gate, Pass};
@@ -58,6 +60,8 @@ pub(crate) struct Services {
     pub(crate) snapshots: Arc<SnapshotService>,
     pub(crate) diff: Arc<DiffService>,
     pub(crate) mounts: Arc<MountService>,
+    pub(crate) streams: Arc<Streams>,
+    pub(crate) transfer: Arc<TransferService>,
     pub(crate) introspection: Arc<Introspection>,
     pub(crate) version: Arc<Version>,
     pub(crate) health: Arc<Health>,
@@ -177,8 +181,9 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             _ => unknown(path),
         },
         "containerd.services.diff.v1.Diff" => match method {
-            // they end with their client; repeated after an upgrade, they give the same
-            "Apply" => incoming.park(&s.diff, DiffService::apply).await,
+            // they end with their client. A client repeats a refused call once, and a long one may outlast two upgrades: files are all that it needs
+            "Apply" => incoming.outlast(&s.diff, DiffService::apply).await,
+            // repeated after an upgrade, it gives the same
             "Diff" => incoming.park(&s.diff, DiffService::diff).await,
             _ => unknown(path),
         },
@@ -208,6 +213,15 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Create" => incoming.change(&s.images, Images::create).await,
             "Update" => incoming.change(&s.images, Images::update).await,
             "Delete" => incoming.carry(&s.images, Images::delete).await,
+            _ => unknown(path),
+        },
+        "containerd.services.streaming.v1.Streaming" => match method {
+            "Stream" => incoming.duplex(&s.streams, Streams::stream).await,
+            _ => unknown(path),
+        },
+        "containerd.services.transfer.v1.Transfer" => match method {
+            // it ends with its client, and with this process
+            "Transfer" => incoming.look(&s.transfer, TransferService::transfer).await,
             _ => unknown(path),
         },
         "containerd.services.introspection.v1.Introspection" => match method {
@@ -270,6 +284,19 @@ impl Incoming {
             answer = self.look(service, handler) => answer,
             refused = refused(leaving) => Err(refused),
         }
+    }
+
+    /// The same for one that goes on when another process has taken over: it changes nothing of the store.
+    async fn outlast<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        let _open = self.gate.stream();
+        self.look(service, handler).await
     }
 
     /// A call that is one step: it changes the store, and waits for nothing else.

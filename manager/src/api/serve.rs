@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use super::authority::Mended;
 use super::body::{Budget, Metered, Unfinished};
-use super::call::Peer;
+use super::call::{Client, Peer};
 use super::route::{Services, counted};
 use crate::error::chain;
 use crate::settings::Limits;
@@ -82,6 +82,8 @@ async fn connection(socket: UnixStream, services: Arc<Services>, budget: Budget,
     let begun = Arc::new(Notify::new());
     let first = Arc::clone(&begun);
     let unfinished = Unfinished::default();
+    let (_alive, client) = watch::channel(());
+    let client = Client(client);
     let peer = Peer(socket.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or_default());
     let service = service_fn(move |request: http::Request<Incoming>| {
         first.notify_one();
@@ -89,6 +91,7 @@ async fn connection(socket: UnixStream, services: Arc<Services>, budget: Budget,
         let share = request.body().share();
         request.extensions_mut().insert(share);
         request.extensions_mut().insert(peer);
+        request.extensions_mut().insert(client.clone());
         counted(Arc::clone(&services), leaving.clone(), request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())

@@ -19,6 +19,7 @@ use super::search::{Filters, Search};
 use crate::error::{Error, Result};
 use crate::events::Exchange;
 use crate::filter::{Fields, label, text};
+use crate::images::ahead::Ahead;
 use crate::name;
 use crate::name::Namespace;
 use crate::snapshots::{Change, Commit, New, Snapshots};
@@ -65,6 +66,8 @@ pub(crate) struct SnapshotService {
     pub(crate) store: Store,
     pub(crate) events: Arc<Exchange>,
     pub(crate) filters: Filters,
+    /// May be about to record what a client asks for.
+    pub(crate) ahead: Ahead,
 }
 
 /// Keys are no identifiers: clients put times and digests into them.
@@ -89,6 +92,9 @@ impl SnapshotService {
     pub(super) async fn prepare(self: Arc<Self>, call: Call, request: PrepareSnapshotRequest) -> Result<PrepareSnapshotResponse> {
         let (namespace, place) = self.place(&call, &request.snapshotter)?;
         let new = new(&call, request.key, request.parent, Kind::Active, request.labels)?;
+        if let Some(target) = new.target() {
+            self.ahead.settle(&place, target, call.lease().as_deref(), call.connection()).await;
+        }
         let event = SnapshotPrepare { key: new.key.clone(), parent: new.parent.clone(), snapshotter: place.snapshotter.clone() };
         let mounts = self.snapshots.prepare_unless(&place, new, call.gone()).await?;
         self.events.publish(&namespace, "/snapshot/prepare", &event);
@@ -128,7 +134,14 @@ impl SnapshotService {
 
     pub(super) async fn stat(self: Arc<Self>, call: Call, request: StatSnapshotRequest) -> Result<StatSnapshotResponse> {
         let (_, place) = self.place(&call, &request.snapshotter)?;
-        Ok(StatSnapshotResponse { info: Some(self.snapshots.stat(&place, &request.key).await?) })
+        let found = match self.snapshots.stat(&place, &request.key).await {
+            Err(Error::NotFound(_)) => {
+                self.ahead.settle(&place, &request.key, call.lease().as_deref(), call.connection()).await;
+                self.snapshots.stat(&place, &request.key).await
+            }
+            found => found,
+        };
+        Ok(StatSnapshotResponse { info: Some(found?) })
     }
 
     pub(super) async fn update(self: Arc<Self>, call: Call, request: UpdateSnapshotRequest) -> Result<UpdateSnapshotResponse> {

@@ -26,7 +26,7 @@ pub(crate) enum Scan {
 impl Content {
     /// Removes files that no row needs, and ingests that nothing holds.
     pub(crate) async fn collect(&self, scan: Scan) -> Result<()> {
-        self.collect_ingests(scan).await?;
+        self.collect_ingests().await?;
         if scan == Scan::All {
             let files = Arc::clone(&self.files);
             let (taken, all) = self.pool.run(move || Ok::<_, crate::error::Error>((files.taken()?, files.all()?))).await??;
@@ -113,15 +113,14 @@ impl Content {
         self.has_left.swap(false, Ordering::Relaxed)
     }
 
-    async fn collect_ingests(&self, scan: Scan) -> Result<()> {
+    async fn collect_ingests(&self) -> Result<()> {
         let files = Arc::clone(&self.files);
         let ingests = self.pool.run(move || files.statuses()).await??;
-        if scan == Scan::All {
-            let files = Arc::clone(&self.files);
-            let mut broken = self.pool.run(move || files.broken()).await??;
-            broken.retain(|path| age_of(path).is_none_or(|age| age > BROKEN));
-            self.remove_all(broken).await?;
-        }
+        // not at a start alone: what a power failure has left may be too young then
+        let files = Arc::clone(&self.files);
+        let mut broken = self.pool.run(move || files.broken()).await??;
+        broken.retain(|path| age_of(path).is_none_or(|age| age > BROKEN));
+        self.remove_all(broken).await?;
         if ingests.is_empty() {
             return Ok(());
         }

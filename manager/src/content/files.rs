@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use containerd_client::services::v1::Status;
 use prost_types::Timestamp;
 
-use super::digest::{Algorithm, Digest, Hasher, of_text};
+use super::digest::{Algorithm, Digest, Hasher};
 use crate::error::{Error, IoContext as _, Result};
 use crate::sys::writeback;
 
@@ -66,7 +66,7 @@ impl Files {
     }
 
     fn ingest(&self, name: &str) -> PathBuf {
-        self.folder.join("ingest").join(of_text(name).hex())
+        self.folder.join("ingest").join(Digest::of_text(name).hex())
     }
 
     /// The size of a blob, if it is there.
@@ -261,6 +261,11 @@ impl Files {
 }
 
 impl Ingest {
+    /// Its bytes, to read them while more are written.
+    pub(super) fn reader(&self) -> Result<File> {
+        self.data.try_clone().on("open", &self.folder.join("data"))
+    }
+
     /// Appends bytes.
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         let path = self.folder.join("data");

@@ -11,6 +11,7 @@
 //! **Invariants:** a row's file is whole and on the disk: it is named before the row is written, and removed after the last one. One writer
 //! has a reference at a time. Files are touched by threads of a pool only.
 
+mod arrival;
 mod collect;
 mod digest;
 mod files;
@@ -29,8 +30,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_client::services::v1::{Info, Status};
 
+pub(crate) use arrival::Bytes;
 pub(crate) use collect::Scan;
-pub(crate) use digest::Digest;
+pub(crate) use digest::{Algorithm, Digest, Hasher};
 pub(crate) use verify::Verified;
 pub(crate) use writer::{Opening, Writer, hold};
 
@@ -40,6 +42,7 @@ use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::settings::Sharing;
 use crate::store::{Meta, Resource, Store, blobs, resources};
+use arrival::Arrivals;
 use files::Files;
 use reference::References;
 
@@ -52,6 +55,7 @@ pub(crate) struct Content {
     gate: Gate,
     sharing: Sharing,
     references: References,
+    arrivals: Arrivals,
     /// Blobs that writers are about to give another namespace, and how many do so.
     pinned: Mutex<HashMap<Digest, usize>>,
     /// Files that may have no row.
@@ -101,6 +105,7 @@ impl Content {
             gate,
             sharing,
             references: References::default(),
+            arrivals: Arrivals::default(),
             pinned: Mutex::default(),
             unreferenced: Mutex::default(),
             freed: AtomicU64::new(0),

@@ -72,7 +72,7 @@ async fn nothing_is_left_to_go_on_with_of_an_ingest_that_could_not_be_written_to
     let mut writer = f.writer("one", None).await.expect("a writer");
     writer.write(BYTES.into()).await.expect("written");
     f.content.status(&namespace("one"), "r").await.expect("it is there");
-    let hex = digest::of_text("one/r").hex().to_owned();
+    let hex = Digest::of_text("one/r").hex().to_owned();
     let data = f.folder.join("content/ingest").join(hex).join("data");
     fs::OpenOptions::new().write(true).open(data).and_then(|data| data.set_len(2)).expect("damage");
     let error = writer.commit(0, None, HashMap::new()).await.expect_err("it lost bytes");

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use containerd_client::types::Mount;
 use log::debug;
@@ -26,7 +26,8 @@ pub(crate) use mount::one as blocking_mount;
 
 use crate::content::{Content, Digest};
 use crate::error::{Error, IoContext as _, Result};
-use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerLimits, Lowers, Source, Target, Times};
+use crate::images::ahead::adopt::Upper;
+use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerError, LayerLimits, Lowers, Source, Target, Times};
 use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::snapshots::{Snapshots, in_own_mounts};
@@ -50,9 +51,27 @@ impl Differ {
         let (this, cancel) = (self.clone(), Cancel::default());
         let _ends_with_caller = cancel.guard();
         let begin = Instant::now();
-        let applied = self.pool.run(move || this.blocking_apply(blob.file(), &mounts, syncs, &cancel)).await??;
+        let (blob, mounts) = (Arc::new(blob), Arc::new(mounts));
+        let applied = loop {
+            let (this, blob, mounts, cancel) = (this.clone(), Arc::clone(&blob), Arc::clone(&mounts), cancel.clone());
+            match self.pool.run(move || this.blocking_apply(blob.file(), &mounts, syncs, &cancel)).await? {
+                // It may be ending: a process that another has replaced cancels its own. No thread waits for that.
+                Err(Error::Layer(LayerError::Busy)) if begin.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+                applied => break applied?,
+            }
+        };
         debug!(digest:%, bytes = applied.bytes, compression:? = applied.compression, took:? = begin.elapsed(); "layer applied");
         Ok(applied)
+    }
+
+    /// The empty folder that a layer is to be applied to, if it is the upper folder of a snapshot here.
+    pub(crate) fn upper(&self, mounts: &[Mount]) -> Option<Upper> {
+        match Layout::of(mounts) {
+            Layout::Upper { upper, lowers } => Some(Upper { tree: upper.to_owned(), below: Some(lowers) }),
+            Layout::Folder { path, is_read_only: false } => Some(Upper { tree: path.to_owned(), below: None }),
+            Layout::Folder { .. } | Layout::Other => None,
+        }
+        .filter(|upper| self.snapshots.is_upper(&upper.tree))
     }
 
     /// Writes what differs between two mounts.
@@ -161,3 +180,7 @@ impl Differ {
         }
     }
 }
+
+/// For another layer that is applied to the same folder.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(20);

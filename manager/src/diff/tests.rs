@@ -144,6 +144,32 @@ async fn an_overlay_of_more_layers_than_a_page_names_is_mounted() {
     assert_eq!(blob.size, 150 * 1024 + 1024);
 }
 
+/// mount(2) takes a page of options, with the NUL behind them.
+#[tokio::test]
+async fn an_overlay_whose_options_fill_a_page_is_mounted_at_every_byte() {
+    let Some(f) = Fixture::new("page") else { return };
+    for length in 4090..=4100 {
+        let folder = f.folder.join(format!("of-{length}"));
+        let mut left = length - "lowerdir=".len();
+        let mut layers = Vec::new();
+        while left > 0 {
+            // of some hundred bytes each, the last as long as it must be
+            let above = format!("{}/{}-", folder.display(), layers.len());
+            let name = if left <= above.len() + 230 { left - above.len() } else { 100 };
+            let layer = PathBuf::from(format!("{above}{}", "n".repeat(name)));
+            fs::create_dir_all(&layer).and_then(|()| fs::write(layer.join(format!("file{}", layers.len())), "x")).expect("a layer");
+            left -= layer.as_os_str().len() + usize::from(left > layer.as_os_str().len());
+            layers.push(layer.display().to_string());
+        }
+        let option = format!("lowerdir={}", layers.join(":"));
+        assert_eq!(option.len(), length);
+        let view = Mount { r#type: "overlay".to_owned(), options: vec![option], ..Mount::default() };
+        let (digest, _) = f.differ.create(&namespace(), Vec::new(), vec![view], new(Compression::Plain)).await.expect("created");
+        let blob = f.differ.content.read(&namespace(), &digest).await.expect("content");
+        assert_eq!(blob.size, layers.len() as u64 * 1024 + 1024, "{length}");
+    }
+}
+
 #[tokio::test]
 async fn a_call_that_is_given_up_ends_its_work() {
     let Some(f) = Fixture::new("given-up") else { return };
@@ -161,6 +187,41 @@ async fn a_call_that_is_given_up_ends_its_work() {
     drop(call);
     scratch::eventually("its thread is free", || pool.busy() == 0);
     assert!(fs::metadata(file).map_or(0, |about| about.len()) < 300_000_000, "it was done to its end");
+}
+
+#[tokio::test]
+async fn layers_that_wait_for_another_in_the_same_folder_keep_no_thread() {
+    let Some(f) = Fixture::new("locked") else { return };
+    let blob = f.blob(f.shell("mkdir t && echo 1 > t/f && tar -C t -cf - .")).await;
+    let busy = f.prepare("overlayfs", "a", "", Kind::Active).await;
+    let free = f.prepare("overlayfs", "b", "", Kind::Active).await;
+    let locked = File::open(&busy[0].source).expect("a folder");
+    locked.lock().expect("a lock");
+    let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(f.differ.apply_in(busy.clone(), &blob))).collect();
+    for call in &mut waiting {
+        assert!(tokio::time::timeout(Duration::from_millis(50), call.as_mut()).await.is_err(), "it is locked");
+    }
+    // as many wait as there are threads
+    let other = f.differ.apply_in(free, &blob);
+    let waits = async {
+        for call in &mut waiting {
+            let _ = tokio::time::timeout(Duration::from_millis(1), call.as_mut()).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        applied = other => drop(applied.expect("applied")),
+        () = waits => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => panic!("it waits for a thread"),
+    }
+    drop(locked);
+    waiting.swap_remove(0).await.expect("applied");
+}
+
+impl Differ {
+    async fn apply_in(&self, mounts: Vec<Mount>, blob: &Digest) -> Result<Applied> {
+        self.apply(&namespace(), blob, mounts, false).await
+    }
 }
 
 #[tokio::test]

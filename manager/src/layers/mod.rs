@@ -11,14 +11,14 @@
 mod apply;
 mod copy;
 mod create;
-mod decode;
+pub(crate) mod decode;
 mod lower;
 mod measure;
 mod rebase;
 mod ring;
-mod tar;
+pub(crate) mod tar;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tree;
 
 use std::io;

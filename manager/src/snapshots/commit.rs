@@ -71,6 +71,16 @@ impl Drop for Turn {
 impl Snapshots {
     /// Commits a snapshot. When this returns, it survives a loss of power.
     pub(crate) async fn commit(&self, place: &Place, commit: Commit) -> Result<()> {
+        let (name, lease) = (commit.name.clone(), commit.lease.clone());
+        let committed = self.commit_new(place, commit).await;
+        if let Err(Error::AlreadyExists(_)) = &committed {
+            // another client was faster; both go on with it
+            self.hold_found(place, &name, lease.as_deref()).await?;
+        }
+        committed
+    }
+
+    async fn commit_new(&self, place: &Place, commit: Commit) -> Result<()> {
         if let Some(proxy) = self.proxy(&place.snapshotter) {
             return self.commit_at(proxy, place, commit).await;
         }
@@ -163,7 +173,7 @@ pub(super) fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Cha
 }
 
 /// Has the file system write everything back: there is no such call for one tree.
-fn blocking_sync(tree: &Path) -> Result<()> {
+pub(super) fn blocking_sync(tree: &Path) -> Result<()> {
     let folder = std::fs::File::open(tree).on("open", tree)?;
     rustix::fs::syncfs(&folder).map_err(std::io::Error::from).on("write back", tree)
 }

@@ -12,7 +12,9 @@
 
 mod change;
 mod commit;
+mod draft;
 mod folders;
+mod found;
 mod idmap;
 mod mounts;
 mod overlay;
@@ -33,6 +35,7 @@ use tokio::sync::RwLock;
 
 pub(crate) use change::Change;
 pub(crate) use commit::Commit;
+pub(crate) use draft::{Draft, NewLayer, blocking_settle, blocking_usage};
 pub(crate) use idmap::{Maps, is_map};
 pub(crate) use overlay::{blocking_mapped, in_own_mounts};
 pub(crate) use prepare::New;
@@ -166,6 +169,11 @@ impl Snapshots {
             Snapshotter::Overlayfs => self.overlay_error.as_deref(),
             Snapshotter::Native => None,
         }
+    }
+
+    fn check_usable(&self, snapshotter: Snapshotter) -> Result<()> {
+        let why = self.unusable(snapshotter);
+        why.map_or(Ok(()), |why| Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name()))))
     }
 
     /// Why a snapshotter cannot make id-mapped snapshots, if so.

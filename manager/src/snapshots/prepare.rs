@@ -1,6 +1,7 @@
 //! New snapshots.
 
 use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
 use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::types::Mount;
@@ -27,6 +28,13 @@ pub(crate) struct New {
     pub(crate) lease: Option<String>,
 }
 
+impl New {
+    /// The name that it is to have when it is committed, if its client says so.
+    pub(crate) fn target(&self) -> Option<&str> {
+        self.labels.get(TARGET_LABEL).map(String::as_str)
+    }
+}
+
 impl Snapshots {
     /// Makes a snapshot, and returns how it is mounted.
     pub(crate) async fn prepare(&self, place: &Place, new: New) -> Result<Vec<Mount>> {
@@ -39,17 +47,23 @@ impl Snapshots {
             return self.prepare_at(proxy, place, new).await;
         }
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
-        if let Some(why) = self.unusable(snapshotter) {
-            return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
-        }
+        self.check_usable(snapshotter)?;
         let maps = Maps::in_labels(&new.labels)?;
         if maps.is_some()
             && let Some(why) = self.cannot_remap(snapshotter)
         {
             return Err(Error::Unimplemented(format!("snapshotter {} cannot map users and groups: {why}", snapshotter.name())));
         }
-        let (at, asked) = (place.clone(), new.clone());
-        let above = self.store.read(move |db| check(db, &at, &asked)).await?;
+        let above = loop {
+            let (at, asked) = (place.clone(), new.clone());
+            let checked = self.store.read(move |db| check(db, &at, &asked)).await;
+            if let Err(Error::AlreadyExists(Object::TargetSnapshot(target))) = &checked
+                && !self.hold_found(place, target, new.lease.as_deref()).await?
+            {
+                continue;
+            }
+            break checked?;
+        };
         if above.len() > MOST_LAYERS {
             return Err(Error::Precondition(format!("a snapshot on {} others: the kernel's overlayfs takes {MOST_LAYERS}", above.len())));
         }
@@ -75,12 +89,13 @@ impl Snapshots {
         };
         let pool = if copies { &self.copies } else { &self.files };
         let made = pool.run(make).await??;
-        let (key, path) = (new.key.clone(), made.path.clone());
+        let (key, path, lease) = (new.key.clone(), made.path.clone(), new.lease.clone());
         let naming = self.naming.read().await;
+        let named = Arc::new(OnceLock::new());
         let inserted = match self.gate.enter().await {
             Err(error) => Err(error),
             Ok(_pass) => {
-                let (at, base) = (place.clone(), self.base(snapshotter));
+                let (at, base, names) = (place.clone(), self.base(snapshotter), Arc::clone(&named));
                 let insert = move |db: &mut Meta<'_>| {
                     let chain = check(db, &at, &new)?;
                     namespaces::ensure(db, &at.namespace)?;
@@ -88,7 +103,10 @@ impl Snapshots {
                     hold(db, &at.namespace, new.lease.as_deref(), &kind_of(&at.snapshotter), &new.key)?;
                     let chain = super::chain(db, &at, &new.key)?;
                     // a rename waits for no more of the disk than the commit that follows
-                    blocking_name(&path, &base.join(id.to_string()))?;
+                    let folder = base.join(id.to_string());
+                    blocking_name(&path, &folder)?;
+                    // it is set once
+                    let _ = names.set(folder);
                     Ok(chain)
                 };
                 self.store.write(insert).await
@@ -99,6 +117,14 @@ impl Snapshots {
             Ok(chain) => chain,
             Err(error) => {
                 self.files.run(move || blocking_remove(&made.path)).await??;
+                if let Some(folder) = named.get() {
+                    // the row could not be written, on a full disk: the number is free, and may be another's by now
+                    self.remove_unrecorded(folder.clone()).await?;
+                }
+                if let Error::AlreadyExists(Object::TargetSnapshot(target)) = &error {
+                    // if it is gone again, the client finds that out, and repeats
+                    self.hold_found(place, target, lease.as_deref()).await?;
+                }
                 return Err(error);
             }
         };
@@ -118,10 +144,10 @@ pub(super) fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>>
         return Err(Error::AlreadyExists(Object::Snapshot(new.key.clone())));
     }
     // clients ask this way whether a layer is there, and then neither fetch nor unpack it
-    if let Some(target) = new.labels.get(TARGET_LABEL)
+    if let Some(target) = new.target()
         && store::snapshots::get(db, place, target)?.is_some()
     {
-        return Err(Error::AlreadyExists(Object::TargetSnapshot(target.clone())));
+        return Err(Error::AlreadyExists(Object::TargetSnapshot(target.to_owned())));
     }
     if new.parent.is_empty() {
         return Ok(Vec::new());

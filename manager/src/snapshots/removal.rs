@@ -80,6 +80,13 @@ impl Snapshots {
         Ok(())
     }
 
+    /// Deletes a folder with the number of a snapshot whose row could not be written.
+    pub(super) async fn remove_unrecorded(&self, folder: PathBuf) -> Result<()> {
+        let aside = self.set_aside(vec![folder]).await?;
+        self.delete(aside).await;
+        Ok(())
+    }
+
     /// Gives folders with the number of no snapshot another name. A number that no row has got yet, since a process crashed before it wrote one,
     /// is given to the next snapshot: its folder must not be taken for the one that was found.
     async fn set_aside(&self, found: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
@@ -107,7 +114,7 @@ impl Snapshots {
         Ok(all)
     }
 
-    async fn delete(&self, folders: Vec<PathBuf>) {
+    pub(super) async fn delete(&self, folders: Vec<PathBuf>) {
         for folder in folders {
             if self.gate.is_retired() {
                 // the next process goes on with it: an exit does not wait for files

@@ -171,7 +171,7 @@ kind!(images, Image, {
 
     /// Whether one has expired.
     pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
-        expiry(&lease.labels).is_some_and(|expires| expires <= now)
+        expiry(lease).is_some_and(|expires| expires <= now)
     }
 
     /// Whether any has expired.
@@ -200,7 +200,7 @@ kind!(leases, Lease, {
 
     /// Whether one has expired.
     pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
-        expiry(&lease.labels).is_some_and(|expires| expires <= now)
+        expiry(lease).is_some_and(|expires| expires <= now)
     }
 
     /// Whether any has expired.
