@@ -16,7 +16,7 @@ X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>
 X_REVISION := $(X_REVISION)
 export X_REVISION
 
-.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
+.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-power test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
@@ -65,6 +65,17 @@ test-manager: packages suites build-shim build-faulty
 	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker --test xctl
 	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun:: --skip runc:: --skip beside-1.7::
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
+
+## CUTS power cuts at random moments of imports and deletions under x-manager, and under stock containerd for comparison: the disk that a cut would have
+## left is made of a record of all writes and flushes (docs/images.md). Then KILLS crashes of x-manager during imports, deletions, collections and
+## upgrades, and an import into a disk that is full after each few KiB more. X_SEED chooses the moments
+CUTS ?= 200
+KILLS ?= 500
+POWER = X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --
+test-power: packages suites build-shim build-debug
+	X_CUTS=$(CUTS) $(POWER) --nocapture power::
+	X_KILLS=$(KILLS) $(POWER) --nocapture image_kills::
+	X_TIMES=8 $(POWER) --nocapture an_import_that_finds_no_room
 
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
 test-systemd: suites build build-faulty
@@ -205,9 +216,10 @@ uninstall:
 packages:
 	tests/tools/install-packages
 
-## containerd, runc and crun of other Debian releases, in a cache folder
+## containerd, runc and crun of other Debian releases, and programs that keep images, in a cache folder
 suites: packages
 	tests/tools/fetch-suites
+	tests/tools/fetch-image-tools
 
 ## x-manager beside containerd 2.1: memory, start, restart, churn; CONTAINERS=1000 takes some three minutes
 bench-manager: CONTAINERS ?= 100

@@ -2,14 +2,18 @@
 //!
 //! **Invariant:** an unknown key or invalid value is refused with its line; nothing in a file is ignored.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use containerd_client::types::Platform;
 use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::host;
-use crate::settings::{MetricsAddress, Settings, Sharing};
+use crate::name::identifier;
+use crate::settings::{MetricsAddress, ProxyPlugin, Settings, Sharing};
+use crate::snapshots::Snapshotter;
 
 /// Every key with its default, commented.
 pub(crate) const DEFAULT: &str = include_str!("../default.toml");
@@ -64,6 +68,23 @@ struct File {
     gc: Gc,
     transfer: Transfer,
     limits: Limits,
+    proxy_plugins: BTreeMap<String, Proxy>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Proxy {
+    r#type: String,
+    address: String,
+    /// Not in containerd's.
+    #[serde(default)]
+    snapshotter: Option<String>,
+    #[serde(default)]
+    platform: String,
+    #[serde(default)]
+    exports: BTreeMap<String, String>,
+    #[serde(default)]
+    capabilities: Vec<String>,
 }
 
 /// A group by name or number.
@@ -231,6 +252,34 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
         }
         transfer.config_path = folders;
     }
+    for (name, proxy) in file.proxy_plugins {
+        if identifier("proxy", &name).is_err() || Snapshotter::parse(&name).is_ok() {
+            return Err(bad(
+                "proxy_plugins",
+                &name,
+                "letters, digits, and single dots, dashes and underscores; and not overlayfs or native",
+            ));
+        }
+        if proxy.r#type != "snapshot" {
+            return Err(bad("proxy_plugins.NAME.type", &proxy.r#type, "snapshot"));
+        }
+        let address = proxy.address.strip_prefix("unix://").unwrap_or(&proxy.address);
+        if !address.starts_with('/') {
+            return Err(bad("proxy_plugins.NAME.address", &proxy.address, "the absolute path of a unix socket"));
+        }
+        let platform = match proxy.platform.split('/').collect::<Vec<_>>()[..] {
+            [""] => None,
+            [os, architecture] => Some(Platform { os: os.to_owned(), architecture: architecture.to_owned(), ..Platform::default() }),
+            [os, architecture, variant] => {
+                let (os, architecture, variant) = (os.to_owned(), architecture.to_owned(), variant.to_owned());
+                Some(Platform { os, architecture, variant, ..Platform::default() })
+            }
+            _ => return Err(bad("proxy_plugins.NAME.platform", &proxy.platform, "like linux/amd64, or linux/arm/v7")),
+        };
+        let (address, exports, capabilities) = (address.into(), proxy.exports, proxy.capabilities);
+        let snapshotter = proxy.snapshotter.unwrap_or_else(|| name.clone());
+        settings.proxies.push(ProxyPlugin { name, snapshotter, address, platform, exports, capabilities });
+    }
     let limits = &mut settings.limits;
     let counts = [
         ("limits.connections", file.limits.connections, &mut limits.connections, 1),
@@ -318,9 +367,29 @@ mod tests {
             "[gc]\npause_threshold = 0.6",
             "[transfer]\nmax_concurrent_downloads = 0",
             "[transfer]\nconfig_path = \"/a:b\"",
+            "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"",
+            "[proxy_plugins.native]\ntype = \"snapshot\"\naddress = \"/x\"",
+            "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"x\"",
+            "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"/x\"\nplatform = \"linux\"",
         ] {
             assert!(sentence(bad).contains("should be"), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_proxy_is_described_as_in_containerds_configuration() {
+        let text = "[proxy_plugins.fuse-overlayfs]\ntype = \"snapshot\"\naddress = \"unix:///run/f.sock\"\nplatform = \"linux/arm/v7\"\ncapabilities = [\"remap-ids\"]\n[proxy_plugins.fuse-overlayfs.exports]\nroot = \"/r\"";
+        let proxies = parse(Path::new("/c.toml"), text).expect("all of it is right").proxies;
+        let [proxy] = &proxies[..] else { panic!("{proxies:?}") };
+        assert_eq!(
+            (proxy.name.as_str(), proxy.address.to_str(), proxy.exports["root"].as_str()),
+            ("fuse-overlayfs", Some("/run/f.sock"), "/r")
+        );
+        assert_eq!(
+            (proxy.platform.as_ref().map(|platform| platform.variant.as_str()), &proxy.capabilities[..]),
+            (Some("v7"), &["remap-ids".to_owned()][..])
+        );
+        assert!(sentence("[proxy_plugins.x]\ntype = \"snapshot\"").contains("missing field `address`"));
     }
 
     #[test]

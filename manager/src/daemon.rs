@@ -95,7 +95,7 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     let mut events = forward::serve(shims, Arc::clone(&parts.tasks)).await?;
     let (course, its_course) = watch::channel(Course::Serves);
     let api = tokio::spawn(api::serve(clients, Arc::new(parts.services()), settings.limits, its_course));
-    tokio::spawn(control::serve(control, send, parts.gate.clone()));
+    tokio::spawn(control::serve(control, send, Arc::clone(&parts.content), parts.gate.clone()));
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(listener, parts.sources()));
     }

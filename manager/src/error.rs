@@ -291,6 +291,8 @@ pub(crate) enum Object {
     Ingest(String),
     /// By its reference, when its status is asked for.
     IngestStatus(String),
+    /// By its name; mounts that are made for a client.
+    Mount(String),
     /// By its name.
     Image(String),
     /// One that leads to something else.
@@ -329,6 +331,7 @@ impl fmt::Display for Object {
             Self::ImageTarget { name, has, wanted } => {
                 write!(f, "image {:?} has target {has}, not {}", short(name), short(wanted))
             }
+            Self::Mount(name) => write!(f, "mount {:?}", short(name)),
             Self::Image(name) => write!(f, "image {:?}", short(name)),
             Self::Plugin { kind, id } => write!(f, "plugin {kind:?} {id:?}"),
             Self::Stream(id) => write!(f, "stream {:?}", short(id)),

@@ -21,6 +21,7 @@ mod invocation;
 mod layers;
 mod logging;
 mod metrics;
+mod mounts;
 mod name;
 mod notify;
 mod parts;
@@ -103,6 +104,7 @@ fn run(invocation: Invocation) -> Result<()> {
             }
             println!("{} is sound", settings.store().display());
         }
+        Invocation::Verify(settings) => println!("{}", control::verify(&settings.control_address())?),
         Invocation::ConfigDefault => print!("{}", config::DEFAULT),
         Invocation::ConfigCheck(settings) => {
             preflight::check(&settings)?;

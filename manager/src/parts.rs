@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController,
-    Sandboxes, Services, SnapshotService, Streams, TaskService, TransferService, Version,
+    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, MountService, Namespaces,
+    SandboxController, Sandboxes, Services, SnapshotService, Streams, TaskService, TransferService, Version,
 };
 use crate::content::Content;
 use crate::diff::Differ;
@@ -18,6 +18,7 @@ use crate::images::ahead::Ahead;
 use crate::images::unpack::Unpacker;
 use crate::images::{self, Transfers};
 use crate::metrics::Sources;
+use crate::mounts::Mounts;
 use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
@@ -41,8 +42,9 @@ pub(crate) struct Parts {
     pub(crate) transfers: Arc<Transfers>,
     /// Unpacks them before clients ask for it.
     pub(crate) ahead: Ahead,
+    mounts: Mounts,
     pub(crate) collector: Arc<Collector>,
-    content: Arc<Content>,
+    pub(crate) content: Arc<Content>,
     pools: Pools,
     settings: Arc<Settings>,
     uuid: String,
@@ -58,7 +60,9 @@ impl Parts {
         let (gate, pools) = (Gate::default(), Pools::default());
         let events = Arc::new(Exchange::new(settings.limits, pools.event_filters.clone()));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone(), pools.bundles.clone()));
-        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?
+            .with_pools(pools.usage.clone(), pools.copies.clone())
+            .with_proxies(&settings.proxies);
         let restarter = Arc::new(Restarter {
             store: store.clone(),
             snapshots: snapshots.clone(),
@@ -78,10 +82,12 @@ impl Parts {
         };
         let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
         let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
+        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.bundles.clone(), gate.clone());
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
             Arc::new(snapshots.clone()),
+            mounts.clone(),
             Arc::clone(&events),
             gate.clone(),
             settings.collection,
@@ -110,6 +116,7 @@ impl Parts {
             differ,
             transfers,
             ahead,
+            mounts,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -144,6 +151,7 @@ impl Parts {
                 ahead: self.ahead.clone(),
             }),
             diff: Arc::new(DiffService { differ: self.differ.clone(), ahead: self.ahead.clone() }),
+            mounts: Arc::new(MountService { mounts: self.mounts.clone(), filters: filters.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
                 content: Arc::clone(&self.content),
@@ -178,6 +186,7 @@ impl Parts {
             tasks: Arc::clone(&self.tasks),
             calls: Arc::clone(&self.calls),
             restarter: Arc::clone(&self.restarter),
+            collector: Arc::clone(&self.collector),
             pools: self.pools.clone(),
             gate: self.gate.clone(),
         }

@@ -16,6 +16,10 @@ pub(crate) struct Pools {
     pub(crate) bundles: Pool,
     /// Files of snapshots, for which calls wait.
     pub(crate) snapshots: Pool,
+    /// Sizes of trees that are in use.
+    pub(crate) usage: Pool,
+    /// Copies of trees, for snapshotters without overlays.
+    pub(crate) copies: Pool,
     /// Layers that are applied or created: each has another thread of its own.
     pub(crate) layers: Pool,
     /// Layers that are applied while their bytes arrive: they wait for slow clients.
@@ -37,6 +41,8 @@ impl Default for Pools {
         Self {
             bundles: Pool::new("bundles", BUNDLES),
             snapshots: Pool::new("snapshots", SNAPSHOTS),
+            usage: Pool::new("usage", USAGE),
+            copies: Pool::new("copies", COPIES),
             layers: Pool::new("layers", LAYERS),
             arriving: Pool::new("arriving_layers", ARRIVING),
             removal: Pool::new("removal", REMOVAL),
@@ -50,12 +56,14 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 9] {
+    pub(crate) fn all(&self) -> [&Pool; 11] {
         [
             &self.bundles,
             &self.archives,
             &self.content,
             &self.snapshots,
+            &self.usage,
+            &self.copies,
             &self.layers,
             &self.arriving,
             &self.removal,
@@ -145,6 +153,8 @@ impl Drop for Counted {
 
 const BUNDLES: usize = 13;
 const SNAPSHOTS: usize = 4;
+const USAGE: usize = 2;
+const COPIES: usize = 2;
 /// As many as clients pull at once for one image.
 const LAYERS: usize = 3;
 /// Without a free one, a layer is applied once all of it is there.
@@ -159,7 +169,7 @@ const EVENT_FILTERS: usize = 1;
 const LONG_READS: usize = 1;
 /// Of all pools.
 pub(crate) const THREADS: usize =
-    BUNDLES + CONTENT + ARCHIVES + SNAPSHOTS + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
+    BUNDLES + CONTENT + ARCHIVES + SNAPSHOTS + USAGE + COPIES + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -1,8 +1,10 @@
 //! Settings: paths, addresses, and limits on what clients can make this process hold.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use containerd_client::types::Platform;
 use log::LevelFilter;
 
 use crate::layers::LayerLimits;
@@ -33,6 +35,8 @@ pub(crate) struct Settings {
     pub(crate) collection: Collection,
     /// How images are pulled and pushed.
     pub(crate) transfer: TransferSettings,
+    /// Snapshotters that other processes serve.
+    pub(crate) proxies: Vec<ProxyPlugin>,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
 }
@@ -100,6 +104,21 @@ impl Default for Collection {
     }
 }
 
+/// A snapshotter that another process serves, as containerd's `[proxy_plugins]` has them.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ProxyPlugin {
+    pub(crate) name: String,
+    /// What it calls itself, where several are behind one socket.
+    pub(crate) snapshotter: String,
+    /// Its unix socket.
+    pub(crate) address: PathBuf,
+    /// Of its snapshots; none for that of this machine.
+    pub(crate) platform: Option<Platform>,
+    /// What clients see of it.
+    pub(crate) exports: BTreeMap<String, String>,
+    pub(crate) capabilities: Vec<String>,
+}
+
 /// What clients may make this process hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
@@ -135,6 +154,7 @@ impl Default for Settings {
             unpacks_ahead: true,
             collection: Collection::default(),
             transfer: TransferSettings::default(),
+            proxies: Vec::new(),
             limits: Limits::default(),
         }
     }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  processes of the cgroup ─▶ descendants among them ─▶ stopped ─┐
-//!         ▲                                                      │ until there is no new one
+//!         ▲                                                      │ until there is no new one, and none has exited unseen
 //!         └───── cgroup frozen, if they start others faster ◀────┘ then: killed, the youngest first
 //! ```
 //!
@@ -59,6 +59,16 @@ enum Mark {
 struct Found {
     order: Vec<Identity>,
     start_times: BTreeMap<u32, u64>,
+    /// Other processes that had exited when they were looked at.
+    exited: BTreeSet<u32>,
+}
+
+/// What one look at the processes has shown.
+#[derive(Debug)]
+struct Look {
+    new: Vec<Identity>,
+    /// Whether none that was listed had exited before it was looked at: it may have started another one after the list was read.
+    is_complete: bool,
 }
 
 impl Identity {
@@ -91,7 +101,7 @@ impl Descendants {
 
     /// Signals each of them once, and returns how many there are.
     pub(crate) fn blocking_signal(&self, signal: i32) -> io::Result<usize> {
-        let all = self.blocking_new(&Found::default());
+        let all = self.blocking_look(&mut Found::default()).new;
         all.iter().try_for_each(|process| process.signal(signal))?;
         Ok(all.len())
     }
@@ -112,18 +122,20 @@ impl Descendants {
         stopped.and(killed).and(escaped).map(|()| found.order.len())
     }
 
-    /// Signals every descendant that is not in `found` yet, until there is no new one: a process with a pending signal starts no other.
+    /// Signals every descendant that is not in `found` yet, until a complete look shows no new one: a process with a pending signal starts no
+    /// other.
     fn blocking_rounds(&self, found: &mut Found, signal: i32, frozen: &mut Option<Frozen>) -> io::Result<()> {
         let mut failure = None;
         for round in 0..MAX_ROUNDS {
             if round == ROUNDS_BEFORE_FREEZE && frozen.is_none() {
                 *frozen = self.cgroup.freeze();
             }
-            let new = self.blocking_new(found);
-            if new.is_empty() {
+            let look = self.blocking_look(found);
+            let is_as_good_as_can_be = look.is_complete || round > ROUNDS_BEFORE_FREEZE && frozen.is_none();
+            if look.new.is_empty() && is_as_good_as_can_be {
                 return Ok(());
             }
-            for process in new {
+            for process in look.new {
                 match process.signal(signal) {
                     Ok(()) => found.add(process),
                     // Without a free descriptor, for instance: it is found again.
@@ -134,14 +146,19 @@ impl Descendants {
         Err(failure.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EBUSY)))
     }
 
-    /// The descendants that are not in `found`.
-    fn blocking_new(&self, found: &Found) -> Vec<Identity> {
+    /// The descendants that are not in `found`, of which only those are changed that had exited.
+    fn blocking_look(&self, found: &mut Found) -> Look {
         // The exec may have been killed by another process, and its pid reused.
         let is_same = Identity::of(self.exec.pid) == Some(self.exec);
         let mut family: BTreeSet<u32> = is_same.then_some(self.exec.pid).into_iter().collect();
-        let mut others = Vec::new();
+        let (mut others, mut is_complete) = (Vec::new(), true);
         for pid in self.candidates().into_iter().filter(|pid| *pid != self.exec.pid && !self.spared.contains(pid)) {
-            let Some(stat) = Stat::of(pid).filter(Stat::is_running) else { continue };
+            let Some(stat) = Stat::of(pid).filter(Stat::is_running) else {
+                // What was signalled, or had exited before the list was read, has started no other.
+                let is_known = found.start_times.contains_key(&pid) || !found.exited.insert(pid);
+                is_complete &= is_known;
+                continue;
+            };
             let process = Identity { pid, start_time: stat.start_time };
             if found.contains(process) {
                 family.insert(pid);
@@ -162,7 +179,7 @@ impl Descendants {
                 !is_one
             });
             if new.len() == before {
-                return new;
+                return Look { new, is_complete };
             }
         }
     }
@@ -265,6 +282,22 @@ mod tests {
             child.wait().expect("a child");
         }
         others.iter().for_each(|pid| Identity::of(*pid).expect("it runs").signal(libc::SIGKILL).expect("a signal"));
+    }
+
+    #[test]
+    fn one_that_has_exited_unseen_makes_another_look_necessary() {
+        let folder = scratch::Folder::new("descendants");
+        let mut gone = Command::new("true").spawn().expect("true can be started");
+        gone.wait().expect("a child");
+        std::fs::write(folder.join("cgroup.procs"), format!("{}\n", gone.id())).expect("a file");
+        let (mut shell, _) = exec("", 0);
+        let own = Identity::of(shell.id()).expect("it runs");
+        let descendants = Descendants::blocking_of(own, None, BTreeSet::new(), Cgroup::V2(folder.to_path_buf()));
+        let mut found = Found::default();
+        assert!(!descendants.blocking_look(&mut found).is_complete, "it may have started another one");
+        assert!(descendants.blocking_look(&mut found).is_complete, "it had exited before");
+        shell.kill().expect("a signal");
+        shell.wait().expect("a child");
     }
 
     #[test]

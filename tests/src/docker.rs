@@ -2,6 +2,8 @@
 
 use std::env;
 use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::mount::{MntFlags, umount2};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::eventually::eventually;
@@ -61,8 +63,17 @@ impl Docker {
         Self::start_version(cx, version).await
     }
 
+    /// Starts Docker 28, which keeps images and their layers in the daemon below instead of under its own data folder, and imports the image.
+    pub async fn start_with_image_store(cx: &Context) -> Result<Self> {
+        Self::start_configured(cx, Version::V28, json!({ "features": { "containerd-snapshotter": true } })).await
+    }
+
     /// Starts dockerd on a containerd of its own and imports the image.
     pub async fn start_version(cx: &Context, version: Version) -> Result<Self> {
+        Self::start_configured(cx, version, json!({})).await
+    }
+
+    async fn start_configured(cx: &Context, version: Version, mut config: Value) -> Result<Self> {
         // which it has the runtime set for every container
         needs_controller("io")?;
         let cx = match version {
@@ -83,7 +94,12 @@ impl Docker {
         if version.has_native(&cx) {
             runtimes[NATIVE] = with(Runtime::Native);
         }
-        fs::write(folder.join("daemon.json"), json!({ "runtimes": runtimes }).to_string())?;
+        config["runtimes"] = runtimes;
+        if version.has_native(&cx) && config.get("features").is_some() {
+            // those that a build makes have no other
+            config["default-runtime"] = NATIVE.into();
+        }
+        fs::write(folder.join("daemon.json"), config.to_string())?;
         let docker = Self { version, cx, folder, process: Mutex::new(None) };
         docker.revive().await?;
         let archive = docker.folder.join("busybox.tar");
@@ -106,8 +122,25 @@ impl Docker {
         }
     }
 
-    fn socket(&self) -> String {
-        format!("unix://{}/docker.sock", self.folder.display())
+    /// Its API's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("docker.sock")
+    }
+
+    fn host(&self) -> String {
+        format!("unix://{}", self.socket().display())
+    }
+
+    /// What its API answers to a GET.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let mut socket = UnixStream::connect(self.socket())?;
+        // one answer, and then the end: 1.0 has no chunks
+        write!(socket, "GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n")?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a body")?;
+        ensure!(head.split(' ').nth(1) == Some("200"), "{path}: {answer}");
+        serde_json::from_str(body).with_context(|| format!("{path}: {body}"))
     }
 
     /// Starts dockerd, again if need be, and waits until it answers.
@@ -116,7 +149,7 @@ impl Docker {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
         let child = Command::new(self.program("dockerd"))
             .args(["--containerd", &self.cx.daemon().address().display().to_string()])
-            .args(["--host", &self.socket()])
+            .args(["--host", &self.host()])
             .args(["--data-root", &format!("{folder}/data"), "--exec-root", &format!("{folder}/exec")])
             .args(["--pidfile", &format!("{folder}/pid"), "--config-file", &format!("{folder}/daemon.json")])
             .args(["--cgroup-parent", &self.cx.cgroup_path("docker"), "--exec-opt", "native.cgroupdriver=cgroupfs"])
@@ -153,7 +186,7 @@ impl Docker {
     /// A command of the client, to be run.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.program("docker"));
-        command.env("DOCKER_CONFIG", &self.folder).args(["--host", &self.socket()]).args(arguments).stdin(Stdio::null());
+        command.env("DOCKER_CONFIG", &self.folder).args(["--host", &self.host()]).args(arguments).stdin(Stdio::null());
         command
     }
 

@@ -15,6 +15,11 @@
 //! | [`context`] | the daemon, namespace and folder of one test |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
 //! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
+//! | [`image`] | images whose layers a test knows file by file |
+//! | [`import`] | a client that imports and unpacks images step by step |
+//! | [`stored`] | a daemon's rows beside its files |
+//! | [`power`] | disks as power cuts leave them |
+//! | [`dice`] | numbers by a seed |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`registry`] | a registry on loopback, whose blobs can be held |
@@ -34,6 +39,7 @@
 //! | [`ttrpc`] | frames, valid and invalid, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the receiver of events: it accepts, refuses, does not answer or disconnects |
+//! | [`image_tools`] | a registry, skopeo and umoci |
 //! | [`audit`] | leftovers |
 //! | [`conformance`] | the clauses of the protocol and the cases that prove them |
 //! | [`times`] | how often repeated tests repeat |
@@ -52,18 +58,23 @@ pub mod context;
 pub mod controller;
 pub mod cri;
 pub mod daemon;
+pub mod dice;
 pub mod direct;
 pub mod docker;
 pub mod events;
 pub mod eventually;
 pub mod fake_containerd;
 pub mod gate;
+pub mod image;
+pub mod image_tools;
+pub mod import;
 pub mod isolation;
 pub mod kernel_trace;
 pub mod messages;
 pub mod network;
 pub mod operator;
 pub mod pod_config;
+pub mod power;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
@@ -74,6 +85,7 @@ pub mod sandbox;
 pub mod spec;
 pub mod stand;
 pub mod stdio;
+pub mod stored;
 pub mod suite;
 pub mod task;
 pub mod times;

@@ -18,6 +18,8 @@ pub struct Process {
     pub pid: i32,
     /// Its parent's pid.
     pub parent: i32,
+    /// Its process group.
+    pub group: i32,
     /// One letter, `Z` for a zombie.
     pub state: char,
     /// The kernel's short name.
@@ -38,6 +40,7 @@ impl Process {
         Ok(Self {
             pid,
             parent: stat.field(4).parse()?,
+            group: stat.field(5).parse()?,
             state: stat.field(3).chars().next().unwrap_or('?'),
             command: String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned(),
             start: stat.field(22).parse()?,

@@ -55,7 +55,7 @@ fn subject(shim: PathBuf, runtime: Runtime) -> Subject {
 
 fn about_the_document() -> Vec<Trial> {
     type Test = (&'static str, fn() -> Result<()>);
-    let tests: [Test; 7] = [
+    let tests: [Test; 8] = [
         ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
         ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
         ("document::the_documented_table_of_calls_is_the_tested_one", the_documented_table_of_calls_is_the_tested_one),
@@ -66,6 +66,7 @@ fn about_the_document() -> Vec<Trial> {
             "document::what_goes_wrong_in_the_field_is_reproduced_by_cases_and_tests_that_there_are",
             what_goes_wrong_in_the_field_is_reproduced,
         ),
+        ("document::what_goes_wrong_with_images_is_reproduced_by_tests_that_there_are", what_goes_wrong_with_images_is_reproduced),
     ];
     tests.into_iter().map(|(name, test)| Trial::test(name, move || test().map_err(failed))).collect()
 }
@@ -151,29 +152,55 @@ fn what_goes_wrong_in_the_field_is_reproduced() -> Result<()> {
             names += 1;
             match name.split("::").collect::<Vec<_>>()[..] {
                 [case] => ensure!(cases::find(case).is_some(), "there is no case {case}"),
-                [target, ref modules @ .., sentence] => {
-                    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-                    let engine = package.join("../shim/src/engine/native");
-                    // a module of the tests of this package, of the engine or of the shim
-                    let (folder, is_listed) = match (target, modules) {
-                        ("engine", [_only]) => (engine.join("tests/engine"), false),
-                        ("engine", _) => (engine.join("src"), false),
-                        ("shim", _) => (package.join("../shim/src"), false),
-                        _ => (package.join("tests").join(target), true),
-                    };
-                    let module = std::fs::read_to_string(folder.join(modules.join("/")).with_extension("rs")).unwrap_or_default();
-                    let main = match is_listed {
-                        true => std::fs::read_to_string(folder.with_extension("rs")).with_context(|| format!("there is no test {name}"))?,
-                        false => module.clone(),
-                    };
-                    let defined = format!("fn {sentence}(");
-                    ensure!((main.contains(&defined) || module.contains(&defined)) && main.contains(sentence), "there is no test {name}");
-                }
-                [] => unreachable!("a split yields something"),
+                _ => is_a_test(name)?,
             }
         }
     }
     ensure!(failures >= 50 && names > failures, "{failures} failures, {names} names: the document was not read");
+    Ok(())
+}
+
+/// `docs/field-images.md` has a row for each number, with tests or with the reason why there is none.
+fn what_goes_wrong_with_images_is_reproduced() -> Result<()> {
+    let rows = include_str!("../../docs/field-images.md").lines().filter(|line| line.starts_with("| ") && !line.starts_with("| ---"));
+    let (mut numbers, mut names) = (0, 0);
+    for row in rows.filter(|row| !row.starts_with("| #")) {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [number, _, reported, reproduced] = cells[..] else { anyhow::bail!("not four cells: {row}") };
+        numbers += 1;
+        ensure!(number == numbers.to_string() && !reported.is_empty(), "row {numbers}, and its report: {row}");
+        if reproduced.starts_with("no test: ") {
+            continue;
+        }
+        let quoted: Vec<_> = reproduced.split('`').skip(1).step_by(2).collect();
+        ensure!(!quoted.is_empty(), "nothing reproduces it: {row}");
+        names += quoted.len();
+        quoted.into_iter().try_for_each(is_a_test)?;
+    }
+    ensure!(numbers == 110 && names > 60, "{numbers} rows, {names} names: the document was not read");
+    Ok(())
+}
+
+/// Whether there is a test `target::module::sentence`: of this package, of x-manager, of the engine or of the shim.
+fn is_a_test(name: &str) -> Result<()> {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let engine = package.join("../shim/src/engine/native");
+    let parts: Vec<_> = name.split("::").collect();
+    let [target, ref modules @ .., sentence] = parts[..] else { anyhow::bail!("no name of a test: {name}") };
+    let (folder, is_listed) = match (target, modules) {
+        ("engine", [_only]) => (engine.join("tests/engine"), false),
+        ("engine", _) => (engine.join("src"), false),
+        ("shim", _) => (package.join("../shim/src"), false),
+        ("x-manager", _) => (package.join("../manager/src"), false),
+        _ => (package.join("tests").join(target), true),
+    };
+    let module = std::fs::read_to_string(folder.join(modules.join("/")).with_extension("rs")).unwrap_or_default();
+    let main = match is_listed {
+        true => std::fs::read_to_string(folder.with_extension("rs")).with_context(|| format!("there is no test {name}"))?,
+        false => module.clone(),
+    };
+    let defined = format!("fn {sentence}(");
+    ensure!((main.contains(&defined) || module.contains(&defined)) && main.contains(sentence), "there is no test {name}");
     Ok(())
 }
 

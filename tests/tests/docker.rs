@@ -2,6 +2,9 @@
 //!
 //! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
 
+#[path = "docker/images.rs"]
+mod images;
+
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{ExitCode, Output, Stdio};
@@ -31,7 +34,10 @@ fn main() -> ExitCode {
             an_exit_while_dockerd_is_down_is_known_afterwards,
             a_container_outlives_containerd,
     ];
-    let cases: Vec<_> = cases.into_iter().map(|case| case.within(Duration::from_secs(120))).collect();
+    let images =
+        cases![images, Scope::Once => what_docker_does_with_images_it_does_on_x_manager, a_pull_that_is_pruned_meanwhile_ends_well];
+    let images = images.into_iter().map(|case| case.within(Duration::from_secs(400)));
+    let cases: Vec<_> = cases.into_iter().map(|case| case.within(Duration::from_secs(120))).chain(images).collect();
     runner::main(&cases, &[], programs)
 }
 

@@ -8,18 +8,34 @@ mod ahead;
 mod api;
 #[path = "manager/archives.rs"]
 mod archives;
+#[path = "manager/bad_input.rs"]
+mod bad_input;
 #[path = "manager/content.rs"]
 mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/damage.rs"]
+mod damage;
+#[path = "manager/image_kills.rs"]
+mod image_kills;
+#[path = "manager/image_rows.rs"]
+mod image_rows;
 #[path = "manager/images.rs"]
 mod images;
+#[path = "manager/judges.rs"]
+mod judges;
 #[path = "manager/kills.rs"]
 mod kills;
 #[path = "manager/layers.rs"]
 mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
+#[path = "manager/power.rs"]
+mod power;
+#[path = "manager/power_vm.rs"]
+mod power_vm;
+#[path = "manager/proxies.rs"]
+mod proxies;
 #[path = "manager/restart.rs"]
 mod restart;
 #[path = "manager/sandboxes.rs"]
@@ -50,11 +66,16 @@ fn main() -> ExitCode {
         transfer_cases(),
         archive_cases(),
         ahead_cases(),
+        proxy_cases(),
         ctr_cases(),
+        judge_cases(),
+        bad_input_cases(),
         restart_cases(),
         shim_cases(),
         sandbox_cases(),
         kill_cases(),
+        image_row_cases(),
+        power_cases(),
     ]
     .concat();
     runner::main(&cases, &[], programs)
@@ -81,6 +102,14 @@ fn api_cases() -> Vec<Case> {
             a_burst_of_calls_over_one_connection_is_answered,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_whose_client_disconnects_is_completed,
+    ]
+}
+
+fn proxy_cases() -> Vec<Case> {
+    cases![proxies,
+        Scope::Once =>
+            a_snapshotter_of_another_process_is_used_like_ones_own,
+            a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_else,
     ]
 }
 
@@ -166,6 +195,28 @@ fn ctr_cases() -> Vec<Case> {
         .collect()
 }
 
+fn judge_cases() -> Vec<Case> {
+    cases![judges,
+        Scope::Once =>
+            umoci_and_containerd_unpack_the_same_tree_of_legal_layers,
+            what_skopeo_copies_to_a_registry_and_back_comes_back_byte_by_byte,
+    ]
+}
+
+fn bad_input_cases() -> Vec<Case> {
+    let cases = cases![bad_input,
+        Scope::Once =>
+            a_broken_layer_is_refused_with_one_sentence_and_leaves_nothing,
+            a_layer_of_a_hundred_thousand_entries_in_one_folder_is_unpacked_and_removed,
+            labels_longer_than_any_client_needs_are_refused,
+            labels_that_lead_in_circles_or_nowhere_stop_no_collection,
+            a_snapshot_that_cannot_be_removed_stops_no_collection,
+            the_collection_after_a_start_removes_what_has_expired_and_nothing_in_use,
+            three_hundred_images_are_looked_up_at_once,
+    ];
+    cases.into_iter().map(|case| case.within(std::time::Duration::from_secs(180))).collect()
+}
+
 fn restart_cases() -> Vec<Case> {
     cases![restart,
         Scope::Daemons =>
@@ -219,4 +270,31 @@ fn kill_cases() -> Vec<Case> {
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()
+}
+
+fn image_row_cases() -> Vec<Case> {
+    cases![image_rows,
+        Scope::Once =>
+            an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
+            a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            an_image_that_is_removed_and_imported_again_at_once_is_whole,
+            what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
+            a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
+            a_damaged_ingest_begins_again,
+            a_write_goes_on_over_an_upgrade_also_if_another_namespace_has_the_content_by_then,
+            an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
+        Scope::Daemons => upgrades_end_no_import,
+    ]
+    .into_iter()
+    .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
+    .collect()
+}
+
+fn power_cases() -> Vec<Case> {
+    let cuts = cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment];
+    let kills = cases![image_kills, Scope::Once => images_survive_kills_at_any_moment];
+    let machines = cases![power_vm, Scope::Once => an_acknowledged_image_survives_the_end_of_its_virtual_machine];
+    let cuts = cuts.into_iter().map(|case| case.within(power::deadline()));
+    let cuts = cuts.chain(machines.into_iter().map(|case| case.within(power_vm::deadline())));
+    cuts.chain(kills.into_iter().map(|case| case.within(image_kills::deadline()))).collect()
 }

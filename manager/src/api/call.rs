@@ -5,6 +5,7 @@ use tonic::Request;
 use super::body::Share;
 use crate::error::{Error, Result};
 use crate::images::ahead::Connection;
+use crate::layers::Cancel;
 use crate::name::Namespace;
 
 /// The metadata of a call, and its request's share of the budget: kept until the call is answered.
@@ -15,6 +16,7 @@ pub(super) struct Call {
     pid: i32,
     share: Share,
     connection: Option<Connection>,
+    gone: Cancel,
 }
 
 /// The process at the other end of a connection; 0 if that is not known.
@@ -32,7 +34,13 @@ impl Call {
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
         let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
         let connection = request.extensions().get::<Client>().map(|client| client.0.clone());
-        Self { namespace: text("containerd-namespace"), lease, pid, share, connection }
+        let gone = request.extensions().get::<Cancel>().cloned().unwrap_or_default();
+        Self { namespace: text("containerd-namespace"), lease, pid, share, connection, gone }
+    }
+
+    /// Cancelled when the client does not wait any more: what is copied for it need not be.
+    pub(super) fn gone(&self) -> Cancel {
+        self.gone.clone()
     }
 
     /// The client's process; 0 if that is not known.

@@ -258,7 +258,14 @@ impl Session {
             expected: self.expected.as_ref().map(Digest::to_string).unwrap_or_default(),
             ..WriteContentRequest::default()
         };
-        let (mut begun, _) = Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await?;
+        let begin = async |first| Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await;
+        let (mut begun, found) = begin(first.clone()).await?;
+        if request.offset > 0 && found.offset != request.offset && !first.expected.is_empty() {
+            // another client has stored the same content meanwhile, and nothing more is asked for: this one goes on with what it has written
+            drop(begun);
+            request.expected.clone_from(&first.expected);
+            (begun, _) = begin(WriteContentRequest { expected: String::new(), ..first }).await?;
+        }
         request.r#ref.clone_from(&self.reference);
         let answer = begun.pass(request).await;
         *relay = Some(begun);

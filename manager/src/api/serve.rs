@@ -137,11 +137,12 @@ async fn end(course: &mut watch::Receiver<Course>) -> Course {
 const MAX_STREAMS: u32 = 16384;
 /// The longest headers of a call.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
-/// What a client may send of a request before it is read.
-const UNREAD_BYTES: u32 = 64 << 10;
-/// The same of all requests of a connection. h2 ends a connection with more small frames unread than it allows for: half of this, less 256 bytes
-/// for each. As all calls may begin at once, there is room for one frame of each.
-const MAX_UNREAD_BYTES: u32 = 2 * 256 * MAX_STREAMS;
+/// What a client may send of a request before it is read: content is written in messages of a MiB.
+const UNREAD_BYTES: u32 = 1 << 20;
+/// The same of all requests of a connection: as much as of incomplete ones. h2 ends a connection with more small frames unread than it allows
+/// for: half of this, less 256 bytes for each. As all calls may begin at once, there is room for more than one frame of each.
+const MAX_UNREAD_BYTES: u32 = 32 << 20;
+const _: () = assert!(MAX_UNREAD_BYTES >= 2 * 256 * MAX_STREAMS);
 /// Calls in flight may take that long to end when this process does.
 pub(crate) const LAST_CALLS: Duration = Duration::from_secs(15);
 /// The same for streams that go on through this process when another serves: a client that writes or reads content would not begin again.

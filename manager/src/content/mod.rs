@@ -18,12 +18,14 @@ mod files;
 mod reference;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_client::services::v1::{Info, Status};
@@ -31,6 +33,7 @@ use containerd_client::services::v1::{Info, Status};
 pub(crate) use arrival::Bytes;
 pub(crate) use collect::Scan;
 pub(crate) use digest::{Algorithm, Digest, Hasher};
+pub(crate) use verify::Verified;
 pub(crate) use writer::{Opening, Writer, hold};
 
 use crate::error::{Error, IoContext as _, Object, Result};
@@ -57,6 +60,10 @@ pub(crate) struct Content {
     pinned: Mutex<HashMap<Digest, usize>>,
     /// Files that may have no row.
     unreferenced: Mutex<BTreeSet<Digest>>,
+    /// Bytes of removed blobs.
+    freed: AtomicU64,
+    /// Whether something could not be removed.
+    has_left: AtomicBool,
     /// Held for reading from the naming of a blob until its row is written.
     publishing: tokio::sync::RwLock<()>,
 }
@@ -101,6 +108,8 @@ impl Content {
             arrivals: Arrivals::default(),
             pinned: Mutex::default(),
             unreferenced: Mutex::default(),
+            freed: AtomicU64::new(0),
+            has_left: AtomicBool::new(false),
             publishing: tokio::sync::RwLock::default(),
         })
     }

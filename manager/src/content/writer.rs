@@ -359,7 +359,10 @@ impl Writer {
         // until there is a row it has none
         self.content.dereferenced([digest.clone()]);
         let (files, to) = (Arc::clone(&self.content.files), digest.clone());
-        self.content.pool.run(move || files.publish(*ingest, &to)).await??;
+        if !self.content.pool.run(move || files.publish(*ingest, &to)).await?? {
+            // a client has aborted it
+            return Err(Error::NotFound(Object::Ingest(self.opening.reference.clone())));
+        }
         let recorded = self.record(&digest, has, labels).await;
         if let Some(arriving) = self.arriving.take()
             && matches!(recorded, Ok(()) | Err(Error::AlreadyExists(_)))

@@ -9,6 +9,7 @@
 //! snapshots and messages are unknown here.
 
 mod apply;
+mod copy;
 mod create;
 pub(crate) mod decode;
 mod lower;
@@ -27,6 +28,7 @@ use std::path::Path;
 use rustix::io::Errno;
 
 pub(crate) use apply::{Applied, Target, apply};
+pub(crate) use copy::copy_tree;
 pub(crate) use create::{Change, Created, Source, Times, create};
 pub(crate) use decode::Compression;
 pub(crate) use lower::Lowers;

@@ -6,16 +6,19 @@
 //! ```
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_client::services::v1::snapshots::Kind;
 
 use super::commit::blocking_sync;
-use super::folders::{Made, blocking_make, blocking_name};
+use super::folders::{From, Made, blocking_make, blocking_name};
 use super::{Snapshots, Snapshotter, parent};
 use crate::content::hold;
-use crate::error::{Error, Result};
-use crate::layers::{self, Beneath, Lowers};
+use crate::error::{Error, IoContext as _, Result};
+use crate::layers::{self, Beneath, Cancel, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
 use crate::store::{self, Meta, namespaces};
 
@@ -26,6 +29,9 @@ pub(crate) struct Draft {
     snapshotter: Snapshotter,
     /// Until it is a snapshot's.
     made: Option<Made>,
+    /// Open since before it was written to: see [`super::written`].
+    since: Arc<File>,
+    begun: Instant,
 }
 
 /// A draft with its layer, to become a committed snapshot.
@@ -49,6 +55,13 @@ impl Draft {
             Snapshotter::Overlayfs => folder.join(super::folders::FS),
             Snapshotter::Native => folder,
         }
+    }
+
+    /// Gives its files to the snapshot with that tree, which gets them by other means: its commit learns what cannot be written to the disk.
+    pub(crate) fn is_written_to(&self, tree: &Path) -> Result<()> {
+        let since = self.since.try_clone().on("open", tree)?;
+        self.snapshots.written.keep(tree, since);
+        Ok(())
     }
 
     /// Whether it is a folder for what differs from the layers below, rather than a copy of them.
@@ -76,10 +89,18 @@ impl Snapshots {
     pub(crate) async fn draft(&self, snapshotter: Snapshotter, below: Option<PathBuf>) -> Result<Draft> {
         self.check_usable(snapshotter)?;
         let (base, making) = (self.base(snapshotter), self.making.clone());
-        let copies = snapshotter == Snapshotter::Native;
-        let below = below.filter(|_| copies);
-        let made = self.files.run(move || blocking_make(&making, snapshotter, &base, below.as_deref(), copies)).await??;
-        Ok(Draft { snapshots: self.clone(), snapshotter, made: Some(made) })
+        let below = below.filter(|_| snapshotter == Snapshotter::Native);
+        let pool = if below.is_some() { &self.copies } else { &self.files };
+        let gate = self.gate.clone();
+        let make = move || {
+            let since = File::open(&base).on("open", &base)?;
+            let stops = || gate.is_retired();
+            let from = below.as_deref().map_or(From::Nothing, |below| From::Copy(below, &stops));
+            let made = blocking_make(&making, snapshotter, &base, from)?;
+            Ok::<_, Error>((made, since))
+        };
+        let (made, since) = pool.run(make).await??;
+        Ok(Draft { snapshots: self.clone(), snapshotter, made: Some(made), since: Arc::new(since), begun: Instant::now() })
     }
 
     /// Which of some keys have a committed snapshot. With a lease, it holds them from then on.
@@ -131,10 +152,10 @@ impl Snapshots {
         and: impl FnOnce(&mut Meta<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
-        if let Some(layer) = new.first() {
-            // on the file system of all of them
-            let tree = layer.draft.tree();
-            self.files.run(move || blocking_sync(&tree)).await??;
+        if let Some(first) = new.iter().min_by_key(|layer| layer.draft.begun) {
+            // on the file system of all of them; the first learns of all errors
+            let (since, tree) = (Arc::clone(&first.draft.since), first.draft.tree());
+            self.files.run(move || blocking_sync(&since, &tree)).await??;
         }
         let named: Vec<_> = new
             .iter()
@@ -209,6 +230,6 @@ pub(crate) fn blocking_settle(below: &[PathBuf], layer: &mut NewLayer) -> Result
 
 /// What a tree uses.
 pub(crate) fn blocking_usage(tree: &Path, beneath: Beneath<'_>) -> Result<Usage> {
-    let measured = layers::measure(tree, beneath)?;
+    let measured = layers::measure(tree, beneath, &Cancel::default())?;
     Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
 }

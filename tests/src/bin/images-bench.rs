@@ -171,7 +171,7 @@ async fn with_daemon(plan: &Plan) -> Result<Value> {
     let mut figures = serde_json::Map::new();
     for (name, client, way, codec, size) in CASES {
         eprintln!("{name}");
-        match case(&cx, plan, &registry, container.id(), (*client, *way, *codec, *size)).await {
+        match case(&cx, plan, &registry, &container.id, (*client, *way, *codec, *size)).await {
             Ok(Measured { seconds, peak_mib, state_p99_ms }) => {
                 figures.insert(format!("{name}: s"), json!(seconds));
                 figures.insert(format!("{name}: peak of the daemon, MiB"), json!(peak_mib));

@@ -7,7 +7,6 @@ use anyhow::{Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::runner::needs_controller;
-use shim_tests::suite::{self, Suite};
 use shim_tests::{isolation, rootfs};
 
 const IMAGE: &str = "example.test/busybox:1";

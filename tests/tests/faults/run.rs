@@ -14,7 +14,7 @@ use anyhow::{Result, bail, ensure};
 use shim_tests::container::{Builder, Container, ExecBuilder, Process};
 use shim_tests::context::Context;
 use shim_tests::events::Event;
-use shim_tests::eventually::{SOON, eventually};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::gate::Gate;
 use shim_tests::proc;
 
@@ -126,6 +126,15 @@ impl Run {
     pub(crate) fn begin(&self) -> Result<()> {
         self.begun_at.set(fs::read_to_string(self.trace_path())?.lines().count());
         Ok(())
+    }
+
+    /// Waits until the worker has so many requests to wait for a process.
+    pub(crate) async fn waits_arrive(&self, count: usize) -> Result<()> {
+        eventually_true(format!("{count} Waits arrive"), SOON, || {
+            let trace = fs::read_to_string(self.trace_path()).unwrap_or_default();
+            trace.lines().filter(|line| line.starts_with("in request") && line.ends_with(" Wait")).count() >= count
+        })
+        .await
     }
 
     pub(crate) fn begun_at(&self) -> usize {

@@ -161,7 +161,8 @@ async fn signals(run: &Run) -> Result<()> {
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
     run.begin()?;
-    let script = "trap 'seq 1 1000; exit 4' TERM; echo up; sleep 1000 & wait";
+    // what is left of an exec that ends by itself must not hold its output, for which a Delete would wait
+    let script = "trap 'seq 1 1000; exit 4' TERM; echo up; sleep 1000 >&- 2>&- & wait";
     let mut waits = Vec::new();
     for name in ["e", "f"] {
         let exec = run.add(container.exec(name, &["sh", "-c", script]).stdio(Stdio::OUTPUT)).await?;
@@ -482,6 +483,8 @@ async fn command(run: &Run) -> Result<()> {
         let (client, id) = (run.cx.client().clone(), second.id.clone());
         tokio::spawn(async move { client.wait(&id, exec).await })
     });
+    // one that comes after the command finds nothing
+    run.waits_arrive(2).await?;
     run.begin()?;
     let deleted = run.cx.delete_command(&second).await?;
     run.note(format!("the command reports {} of {}", deleted.exit_status, run.named(deleted.pid)));

@@ -41,7 +41,7 @@ impl Ahead {
         let Outcome::Extracted(extracted) = recorded.outcome else { return Ok(None) };
         let (diff_id, snapshots) = (recorded.job.layer.diff_id, self.0.unpacker.snapshots.clone());
         let bytes = extracted.bytes;
-        let adopt = move || blocking_adopt(&snapshots, extracted, &upper);
+        let adopt = move || blocking_adopt(&snapshots, *extracted, &upper);
         let is_adopted = self.0.unpacker.layers.run(adopt).await??;
         Ok(is_adopted.then_some(Adopted { diff_id, bytes }))
     }
@@ -53,6 +53,7 @@ fn blocking_adopt(snapshots: &Snapshots, extracted: Extracted, upper: &Upper) ->
     }
     let Extracted { draft, implicit, .. } = extracted;
     let tree = draft.tree();
+    draft.is_written_to(&upper.tree)?;
     match &upper.below {
         Some(below) => {
             // measured again, with those below: whiteouts of nothing go

@@ -154,7 +154,7 @@ impl Ahead {
     /// The session of a lease, which is begun.
     fn session(&self, namespace: &Namespace, lease: Option<&str>, connection: Option<&Connection>) -> Option<Lease> {
         let (lease, connection) = (lease?, connection?);
-        if !self.0.is_on {
+        if !self.0.is_on || self.0.unpacker.gate.is_retired() {
             return None;
         }
         let key = (namespace.clone(), lease.to_owned());

@@ -298,7 +298,7 @@ impl Body {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => return Err(Why::Broken(format!("the body ended early: {}", chain(&error)))),
                 Ok(None) => {
-                    self.send_home_at_end();
+                    self.send_home();
                     return Ok(None);
                 }
                 Err(_late) => return Err(Why::Broken(format!("no data within {:?}", self.idle_limit))),
@@ -342,10 +342,15 @@ impl Body {
         self.incoming.size_hint().exact()
     }
 
+    /// One with a length ends with its last byte already.
     fn send_home_at_end(&mut self) {
-        if self.incoming.is_end_stream()
-            && let Some((client, origin, connection)) = self.home.take()
-        {
+        if self.incoming.is_end_stream() {
+            self.send_home();
+        }
+    }
+
+    fn send_home(&mut self) {
+        if let Some((client, origin, connection)) = self.home.take() {
             client.keep(origin, connection);
         }
     }

@@ -30,6 +30,7 @@ mod resolve;
 #[cfg(test)]
 mod tests;
 mod text;
+mod thread;
 mod url;
 
 use std::path::Path;
@@ -120,7 +121,7 @@ impl Registry {
     /// The registry of a reference. Reads hosts.toml; connects to nothing.
     pub(crate) async fn new(reference: Reference, options: Options) -> Result<Self> {
         let (config_path, host, plain_http) = (options.config_path.clone(), reference.host.clone(), options.plain_http);
-        let loaded = tokio::task::spawn_blocking(move || hosts::blocking_load(&config_path, &host, plain_http)).await;
+        let loaded = thread::on_thread(move || hosts::blocking_load(&config_path, &host, plain_http)).await;
         let wrong = |why: String| RegistryError::Config { path: Path::new(&reference.host).to_owned(), line: None, why };
         let configured = loaded.map_err(|error| wrong(error.to_string()))??;
         let name = reference.to_string();

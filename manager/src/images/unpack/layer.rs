@@ -49,7 +49,7 @@ pub(in crate::images) struct Extracted {
 /// What has become of a layer.
 #[derive(Debug)]
 pub(in crate::images) enum Outcome {
-    Extracted(Extracted),
+    Extracted(Box<Extracted>),
     /// What it means depends on the layers below: it is to be unpacked again when they are.
     NeedsLowers,
 }
@@ -128,7 +128,7 @@ fn blocking_extract(
     }
     let is_final = !draft.is_upper() || is_known || !applied.has_whiteouts;
     let usage = if is_final { Some(blocking_usage(&tree, Beneath::Known)?) } else { None };
-    Ok(Outcome::Extracted(Extracted { draft, implicit: applied.implicit, bytes: applied.bytes, usage }))
+    Ok(Outcome::Extracted(Box::new(Extracted { draft, implicit: applied.implicit, bytes: applied.bytes, usage })))
 }
 
 /// Errors: the layer is not the one that the config means.

@@ -135,7 +135,9 @@ impl Unpacker {
         let (claimed, done, slots) = (BTreeMap::new(), BTreeMap::new(), Arc::new(Semaphore::new(AT_ONCE)));
         let mut work = Work { image, plan, place, on_progress, slots, claimed, done };
         let (count, mut new_layers, mut seen) = (work.plan.layers.len(), 0, 0);
-        while count > 0 {
+        // an image may have no layers
+        let mut is_done = count == 0;
+        while !is_done {
             let first = self.first_missing(&work).await?;
             work.claimed.retain(|number, _claim| *number >= first);
             work.done.retain(|number, _recorded| *number >= first);
@@ -153,9 +155,7 @@ impl Unpacker {
                 new_layers += end - first;
                 seen = end;
             }
-            if end == count {
-                break;
-            }
+            is_done = end == count;
             // it is unpacked by another caller, or was
             if let Some(layer) = work.plan.layers.get(end) {
                 self.claims.released(&work.place, &layer.chain).await;

@@ -39,7 +39,7 @@ impl Unpacker {
             labels.insert(TARGET_LABEL.to_owned(), job.layer.chain.to_string());
             let key = job.layer.chain.to_string();
             let settled = match outcome {
-                Outcome::Extracted(extracted) => self.settle(&trees, named(extracted, &key, &labels)).await?,
+                Outcome::Extracted(extracted) => self.settle(&trees, named(*extracted, &key, &labels)).await?,
                 Outcome::NeedsLowers => None,
             };
             let layer = match settled {
@@ -50,7 +50,7 @@ impl Unpacker {
                     let Outcome::Extracted(extracted) = self.layer(again).await? else {
                         return Err(Error::Invalid(format!("layer {blob} cannot be put on the layers below it")));
                     };
-                    let layer = self.settle(&trees, named(extracted, &key, &labels)).await?;
+                    let layer = self.settle(&trees, named(*extracted, &key, &labels)).await?;
                     layer.ok_or_else(|| Error::Invalid(format!("layer {blob} cannot be put on the layers below it")))?
                 }
             };

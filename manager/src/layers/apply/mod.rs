@@ -15,6 +15,8 @@ mod parents;
 mod whiteouts;
 
 #[cfg(test)]
+mod surroundings;
+#[cfg(test)]
 mod tests;
 
 pub(in crate::layers) use parents::copy_attributes;

@@ -32,7 +32,7 @@ fn seen(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         overlay(layer, &upper, &lowers).unwrap_or_else(|error| panic!("overlay: {}", crate::error::chain(&error)));
         if number == 0 {
             // as snapshots are committed
-            crate::layers::measure(&upper, Beneath::Nothing).expect("measured");
+            crate::layers::measure(&upper, Beneath::Nothing, &Cancel::default()).expect("measured");
         }
         uppers.push(upper);
     }
@@ -71,7 +71,7 @@ fn put_together(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         let lowers = Lowers::open(&below).expect("folders");
         crate::layers::rebase(upper, &lowers, &implicit[number]).expect("put right");
         let beneath = if number == 0 { Beneath::Nothing } else { Beneath::Layers(&lowers) };
-        crate::layers::measure(upper, beneath).expect("measured");
+        crate::layers::measure(upper, beneath, &Cancel::default()).expect("measured");
     }
     mounted(&folder, &uppers)
 }
@@ -726,4 +726,22 @@ fn a_link_in_a_path_may_lead_up_again() {
     merge(&layer, &upper).expect("applied");
     assert_eq!(fs::read_to_string(upper.join("x/y/z/file")).expect("a file"), "1");
     assert_eq!(fs::read_to_string(upper.join("w/file")).expect("a file"), "2");
+}
+
+#[test]
+fn a_deep_tree_is_measured_and_removed_with_few_descriptors() {
+    let folder = scratch::Folder::new("descriptors");
+    let target = new(&folder, "target");
+    merge(&Archive::default().file(vec!["a"; 1500].join("/"), "x").end(), &target).expect("applied");
+    let measured = crate::layers::measure(&target, Beneath::Known, &Cancel::default()).expect("measured");
+    assert_eq!(measured.inodes, 1501, "the root and all in it");
+    let most = std::cell::Cell::new(0);
+    let count = || most.set(most.get().max(fs::read_dir("/proc/self/fd").expect("descriptors").count()));
+    let mut keeps = |_stat: &Stat| {
+        count();
+        false
+    };
+    tree::clear(tree::open_root(&target).expect("a folder"), &mut keeps, &|| false).expect("removed");
+    assert!(most.get() < 700, "{} descriptors", most.get());
+    assert_eq!(fs::read_dir(&target).expect("a folder").count(), 0);
 }

@@ -283,3 +283,32 @@ fn an_entry_has_no_more_extended_attributes_than_a_file_can_have() {
     assert_eq!(all(&with(5957)).expect("as many as there can be")[0].0.xattrs.len(), 5957);
     assert!(sentence(&with(5958)).contains("more extended attributes than a file can have"));
 }
+
+/// What other programs took for entries, and what we took for data, was how files were smuggled.
+#[test]
+fn gnu_tar_lists_the_same_entries() {
+    let inner = Archive::default().file("smuggled", "x").0;
+    let size = inner.len().to_string();
+    let long = [b'n'; 300];
+    let named = |archive: Archive| archive.raw(b'L', b"././@LongLink", "00000000455", |_| {}, &[&long[..], b"\0"].concat());
+    for (what, archive) in [
+        ("a size in PAX alone", Archive::default().pax(&[("size", size.as_bytes())]).raw(b'0', b"outer", "00000000000", |_| {}, &inner)),
+        ("a smaller one", Archive::default().pax(&[("size", b"1")]).raw(b'0', b"a", "00000002000", |_| {}, b"x")),
+        ("a larger one", Archive::default().pax(&[("size", b"600")]).raw(b'0', b"a", "00000000001", |_| {}, &[b'x'; 600])),
+        ("the name that GNU has in a header of its own", named(Archive::default()).raw(b'0', b"short", "00000000000", |_| {}, b"")),
+        ("the same name in both", named(Archive::default().pax(&[("path", &long)])).raw(b'0', b"short", "", |_| {}, b"")),
+        ("an attribute between them", named(Archive::default().pax(&[("SCHILY.xattr.user.a", b"x")])).raw(b'0', b"short", "", |_| {}, b"")),
+        ("a name in PAX", Archive::default().pax(&[("path", &long)]).raw(b'0', b"short", "00000000001", |_| {}, b"x")),
+        ("a folder with a size", Archive::default().raw(b'5', b"d", "00000000000", |_| {}, b"")),
+    ] {
+        let bytes = archive.file("last", "y").end();
+        let folder = scratch::Folder::new("listed");
+        std::fs::write(folder.join("archive"), &bytes).expect("a file");
+        let listed = std::process::Command::new("tar").arg("-tf").arg(folder.join("archive")).output().expect("GNU tar");
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let listed: Vec<_> = listed.lines().map(|name| name.trim_end_matches('/').to_owned()).collect();
+        let found = all(&bytes).unwrap_or_else(|error| panic!("{what}: {}", crate::error::chain(&error)));
+        let ours: Vec<_> = found.iter().map(|(entry, _)| String::from_utf8_lossy(&entry.path).trim_end_matches('/').to_owned()).collect();
+        assert_eq!(ours, listed, "{what}");
+    }
+}

@@ -17,6 +17,7 @@ use super::proxy::{Proxies, Proxy};
 use super::tls;
 use crate::error::chain;
 use crate::images::registry::hosts::TlsConfig;
+use crate::images::registry::thread::on_thread;
 use crate::images::registry::url::{Origin, Scheme};
 
 /// Bytes to and from a server.
@@ -141,7 +142,7 @@ impl Connector {
             return Ok(Arc::clone(client));
         }
         let config = self.tls.clone();
-        let made = tokio::task::spawn_blocking(move || tls::blocking_config(&config)).await;
+        let made = on_thread(move || tls::blocking_config(&config)).await;
         let made = made.map_err(|error| ConnectError::Lasting(error.to_string()))?;
         let made = made.map_err(|error| ConnectError::Lasting(error.to_string()))?;
         Ok(Arc::clone(self.client.get_or_init(|| made)))

@@ -4,14 +4,17 @@
 //! Go that are static do as this module does.
 
 use std::collections::hash_map::RandomState;
+use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _};
-use std::io;
+use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
+
+use crate::images::registry::thread::on_thread;
 
 /// Looks names up.
 #[derive(Debug, Clone)]
@@ -290,14 +293,15 @@ fn listed(text: &str, name: &str) -> Vec<IpAddr> {
     found
 }
 
-/// The text of a file, or none: a host may have neither.
-async fn text(path: &std::path::Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(file) = tokio::fs::File::open(path).await {
-        // what cannot be read is as if it were not there
-        let _ = file.take(FILE_BYTES).read_to_end(&mut bytes).await;
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+/// The text of a file; none if it cannot be read, which is as if it were not there.
+async fn text(path: &Path) -> String {
+    let path = path.to_owned();
+    let read = move || {
+        let mut bytes = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(FILE_BYTES).read_to_end(&mut bytes));
+        read.map(|_length| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    };
+    on_thread(read).await.unwrap_or_default()
 }
 
 /// A number that others cannot guess: with the port, it is what tells an answer from a forged one.
