@@ -91,16 +91,16 @@ impl Snapshots {
         let (base, making) = (self.base(snapshotter), self.making.clone());
         let below = below.filter(|_| snapshotter == Snapshotter::Native);
         let pool = if below.is_some() { &self.copies } else { &self.files };
-        let gate = self.gate.clone();
+        let snapshots = self.clone();
         let make = move || {
-            let since = File::open(&base).on("open", &base)?;
-            let stops = || gate.is_retired();
+            let (begun, since) = (Instant::now(), Arc::new(File::open(&base).on("open", &base)?));
+            let stops = || snapshots.gate.is_retired();
             let from = below.as_deref().map_or(From::Nothing, |below| From::Copy(below, &stops));
             let made = blocking_make(&making, snapshotter, &base, from)?;
-            Ok::<_, Error>((made, since))
+            // a draft from here on: its caller may have left, and no one else would delete the folder
+            Ok(Draft { snapshots, snapshotter, made: Some(made), since, begun })
         };
-        let (made, since) = pool.run(make).await??;
-        Ok(Draft { snapshots: self.clone(), snapshotter, made: Some(made), since: Arc::new(since), begun: Instant::now() })
+        pool.run(make).await?
     }
 
     /// Which of some keys have a committed snapshot. With a lease, it holds them from then on.

@@ -291,7 +291,12 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn table(plan: &Plan, figures: &Figures) {
-    println!("Images of {} MiB in {} layers; the median of {} rounds.\n", plan.mib, plan.layers, plan.rounds);
+    println!("# Images: x-manager beside containerd 2.1\n");
+    println!(
+        "Images of {} MiB of text-like files in {} layers, stored and unpacked for containerd's own clients; the median of {} rounds, in turns. By",
+        plan.mib, plan.layers, plan.rounds
+    );
+    println!("`make bench-images` (`tests/src/bin/images-bench.rs`). A ratio above 1 is in x-manager's favour.\n");
     println!("| | containerd 2.1 | x-manager | containerd / x-manager |\n| --- | ---: | ---: | ---: |");
     for (name, [theirs, ours]) in figures {
         let (theirs, ours) = (median(theirs), median(ours));

@@ -345,3 +345,15 @@ async fn a_caller_that_leaves_leaves_nothing() {
     assert!(unpacking.await.expect_err("it was given up").is_cancelled());
     f.eventually_empty().await;
 }
+
+#[tokio::test]
+async fn a_draft_whose_caller_leaves_before_it_has_it_is_deleted() {
+    let Some(f) = Fixture::new("unpack-draft") else { return };
+    let mut draft = Box::pin(f.unpacker.snapshots.draft(Snapshotter::Overlayfs, None));
+    let is_made = std::future::poll_fn(|cx| std::task::Poll::Ready(draft.as_mut().poll(cx).is_ready())).await;
+    assert!(!is_made, "another thread makes it");
+    // this thread does nothing else: the caller cannot have it
+    scratch::eventually("its folder", || f.folders().len() == 1);
+    drop(draft);
+    f.eventually_empty().await;
+}
