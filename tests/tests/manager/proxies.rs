@@ -198,6 +198,6 @@ pub(crate) async fn a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_e
     let request = containerd_client::services::v1::snapshots::CleanupRequest { snapshotter: FAR.to_owned() };
     client.api().snapshots().cleanup(client.request(request)).await?;
     ensure!(backend.keys().await?.is_empty());
-    prepare(client, FAR, "b", "").await?;
+    prepare(&own.client().await?, FAR, "b", "").await?;
     Ok(())
 }
