@@ -55,7 +55,7 @@ fn subject(shim: PathBuf, runtime: Runtime) -> Subject {
 
 fn about_the_document() -> Vec<Trial> {
     type Test = (&'static str, fn() -> Result<()>);
-    let tests: [Test; 7] = [
+    let tests: [Test; 8] = [
         ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
         ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
         ("document::the_documented_table_of_calls_is_the_tested_one", the_documented_table_of_calls_is_the_tested_one),
