@@ -16,8 +16,8 @@ X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>
 X_REVISION := $(X_REVISION)
 export X_REVISION
 
-.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-tools clean
+.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-power test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
+.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -65,6 +65,17 @@ test-manager: packages suites build-shim build-faulty
 	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker --test xctl
 	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun:: --skip runc:: --skip beside-1.7::
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
+
+## CUTS power cuts at random moments of imports and deletions under x-manager, and under stock containerd for comparison: the disk that a cut would have
+## left is made of a record of all writes and flushes (docs/images.md). Then KILLS crashes of x-manager during imports, deletions, collections and
+## upgrades, and an import into a disk that is full after each few KiB more. X_SEED chooses the moments
+CUTS ?= 200
+KILLS ?= 500
+POWER = X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --
+test-power: packages suites build-shim build-debug
+	X_CUTS=$(CUTS) $(POWER) --nocapture power::
+	X_KILLS=$(KILLS) $(POWER) --nocapture image_kills::
+	X_TIMES=8 $(POWER) --nocapture an_import_that_finds_no_room
 
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
 test-systemd: suites build build-faulty
@@ -129,7 +140,7 @@ soak: packages suites build
 ## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; failing inputs are in fuzz/artifacts, new interesting ones
 ## in fuzz/found. Unit tests replay fuzz/corpus, with mutations, in `test`. No sanitizer, so no nightly compiler: no parser has unsafe code.
 FUZZ_SECONDS ?= 300
-FUZZ_TARGETS := frame bootstrap options config journal handover engine tar
+FUZZ_TARGETS := frame bootstrap options config journal handover engine tar registry
 CARGO_FUZZ_VERSION := 0.13.2
 fuzz:
 	$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz@$(CARGO_FUZZ_VERSION)
@@ -214,6 +225,15 @@ suites: packages
 bench-manager: CONTAINERS ?= 100
 bench-manager: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin manager-bench -- --containers $(CONTAINERS)
+
+## images of X_BENCH_MIB MiB in 20 layers, stored and unpacked by ctr 1.6 and 2.1 on containerd 2.1 and on x-manager, in turns, into docs/bench-images.md:
+## time, memory, State meanwhile, list and collection of 10,000 blobs. X_BENCH_FOLDER is on the disk that is measured. The machine should do nothing else
+bench-images: X_BENCH_MIB ?= 1024
+bench-images: X_BENCH_FOLDER ?= /var/tmp
+bench-images: packages suites build bench-tools
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin images-bench -- \
+		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-images.md.new
+	mv docs/bench-images.md.new docs/bench-images.md
 
 BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench --
 

@@ -2,14 +2,18 @@
 //!
 //! **Invariant:** an unknown key or invalid value is refused with its line; nothing in a file is ignored.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use containerd_client::types::Platform;
 use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::host;
-use crate::settings::{MetricsAddress, Settings, Sharing};
+use crate::name::identifier;
+use crate::settings::{MetricsAddress, ProxyPlugin, Settings, Sharing};
+use crate::snapshots::Snapshotter;
 
 /// Every key with its default, commented.
 pub(crate) const DEFAULT: &str = include_str!("../default.toml");
@@ -60,8 +64,27 @@ struct File {
     metrics: Metrics,
     restart: Restart,
     content: Content,
+    images: Images,
     gc: Gc,
+    transfer: Transfer,
     limits: Limits,
+    proxy_plugins: BTreeMap<String, Proxy>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Proxy {
+    r#type: String,
+    address: String,
+    /// Not in containerd's.
+    #[serde(default)]
+    snapshotter: Option<String>,
+    #[serde(default)]
+    platform: String,
+    #[serde(default)]
+    exports: BTreeMap<String, String>,
+    #[serde(default)]
+    capabilities: Vec<String>,
 }
 
 /// A group by name or number.
@@ -93,12 +116,26 @@ struct Content {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct Images {
+    unpack_while_arriving: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct Gc {
     pause_threshold: Option<f64>,
     deletion_threshold: Option<u32>,
     mutation_threshold: Option<u32>,
     schedule_delay_ms: Option<u32>,
     startup_delay_ms: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Transfer {
+    max_concurrent_downloads: Option<u32>,
+    max_concurrent_uploaded_layers: Option<u32>,
+    config_path: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -179,6 +216,7 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             _ => return Err(bad("content.sharing_policy", &policy, "shared or isolated")),
         };
     }
+    settings.unpacks_ahead = file.images.unpack_while_arriving.unwrap_or(settings.unpacks_ahead);
     let collection = &mut settings.collection;
     if let Some(threshold) = file.gc.pause_threshold {
         if !(0.0..=0.5).contains(&threshold) {
@@ -191,6 +229,57 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     let delay = |millis: Option<u32>, default| millis.map_or(default, |millis| Duration::from_millis(millis.into()));
     collection.schedule_delay = delay(file.gc.schedule_delay_ms, collection.schedule_delay);
     collection.startup_delay = delay(file.gc.startup_delay_ms, collection.startup_delay);
+    let transfer = &mut settings.transfer;
+    let counts = [
+        ("transfer.max_concurrent_downloads", file.transfer.max_concurrent_downloads, &mut transfer.max_concurrent_downloads),
+        (
+            "transfer.max_concurrent_uploaded_layers",
+            file.transfer.max_concurrent_uploaded_layers,
+            &mut transfer.max_concurrent_uploaded_layers,
+        ),
+    ];
+    for (key, value, place) in counts {
+        if let Some(value) = value {
+            if !(1..=1000).contains(&value) {
+                return Err(bad(key, &value, "from 1 to 1000"));
+            }
+            *place = usize::try_from(value).unwrap_or(1);
+        }
+    }
+    if let Some(folders) = file.transfer.config_path {
+        if !folders.is_empty() && !folders.split(':').all(|folder| folder.starts_with('/')) {
+            return Err(bad("transfer.config_path", &folders, "absolute paths of folders, joined by ':'"));
+        }
+        transfer.config_path = folders;
+    }
+    for (name, proxy) in file.proxy_plugins {
+        if identifier("proxy", &name).is_err() || Snapshotter::parse(&name).is_ok() {
+            return Err(bad(
+                "proxy_plugins",
+                &name,
+                "letters, digits, and single dots, dashes and underscores; and not overlayfs or native",
+            ));
+        }
+        if proxy.r#type != "snapshot" {
+            return Err(bad("proxy_plugins.NAME.type", &proxy.r#type, "snapshot"));
+        }
+        let address = proxy.address.strip_prefix("unix://").unwrap_or(&proxy.address);
+        if !address.starts_with('/') {
+            return Err(bad("proxy_plugins.NAME.address", &proxy.address, "the absolute path of a unix socket"));
+        }
+        let platform = match proxy.platform.split('/').collect::<Vec<_>>()[..] {
+            [""] => None,
+            [os, architecture] => Some(Platform { os: os.to_owned(), architecture: architecture.to_owned(), ..Platform::default() }),
+            [os, architecture, variant] => {
+                let (os, architecture, variant) = (os.to_owned(), architecture.to_owned(), variant.to_owned());
+                Some(Platform { os, architecture, variant, ..Platform::default() })
+            }
+            _ => return Err(bad("proxy_plugins.NAME.platform", &proxy.platform, "like linux/amd64, or linux/arm/v7")),
+        };
+        let (address, exports, capabilities) = (address.into(), proxy.exports, proxy.capabilities);
+        let snapshotter = proxy.snapshotter.unwrap_or_else(|| name.clone());
+        settings.proxies.push(ProxyPlugin { name, snapshotter, address, platform, exports, capabilities });
+    }
     let limits = &mut settings.limits;
     let counts = [
         ("limits.connections", file.limits.connections, &mut limits.connections, 1),
@@ -249,7 +338,7 @@ mod tests {
             });
         assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
         let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
-        assert_eq!(keys, 20);
+        assert_eq!(keys, 24);
     }
 
     #[test]
@@ -276,9 +365,31 @@ mod tests {
             "[limits]\nstore_bytes = 1",
             "[content]\nsharing_policy = \"both\"",
             "[gc]\npause_threshold = 0.6",
+            "[transfer]\nmax_concurrent_downloads = 0",
+            "[transfer]\nconfig_path = \"/a:b\"",
+            "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"",
+            "[proxy_plugins.native]\ntype = \"snapshot\"\naddress = \"/x\"",
+            "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"x\"",
+            "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"/x\"\nplatform = \"linux\"",
         ] {
             assert!(sentence(bad).contains("should be"), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_proxy_is_described_as_in_containerds_configuration() {
+        let text = "[proxy_plugins.fuse-overlayfs]\ntype = \"snapshot\"\naddress = \"unix:///run/f.sock\"\nplatform = \"linux/arm/v7\"\ncapabilities = [\"remap-ids\"]\n[proxy_plugins.fuse-overlayfs.exports]\nroot = \"/r\"";
+        let proxies = parse(Path::new("/c.toml"), text).expect("all of it is right").proxies;
+        let [proxy] = &proxies[..] else { panic!("{proxies:?}") };
+        assert_eq!(
+            (proxy.name.as_str(), proxy.address.to_str(), proxy.exports["root"].as_str()),
+            ("fuse-overlayfs", Some("/run/f.sock"), "/r")
+        );
+        assert_eq!(
+            (proxy.platform.as_ref().map(|platform| platform.variant.as_str()), &proxy.capabilities[..]),
+            (Some("v7"), &["remap-ids".to_owned()][..])
+        );
+        assert!(sentence("[proxy_plugins.x]\ntype = \"snapshot\"").contains("missing field `address`"));
     }
 
     #[test]

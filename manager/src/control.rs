@@ -1,8 +1,10 @@
-//! The control socket, used by `x-manager upgrade`: one line of request, one line of answer.
+//! The control socket, used by `x-manager upgrade` and `x-manager verify`: one line of request, one line of answer.
 //!
 //! ```text
 //! upgrade            ok 4711                it is process 4711 that serves now
 //! upgrade /PROGRAM   error SENTENCE         nothing has changed
+//! verify             ok SENTENCE            every blob was read, and is sound
+//!                    error SENTENCE         some are not, or it could not be done
 //! ```
 
 use std::io::{self, Read as _, Write as _};
@@ -17,6 +19,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
+use crate::content::{Content, Digest, Verified};
 use crate::error::{Error, IoContext as _, Result};
 use crate::gate::Gate;
 
@@ -30,7 +33,7 @@ pub(crate) struct UpgradeRequest {
 }
 
 /// Serves control clients until this process retires; later ones reach the next process.
-pub(crate) async fn serve(listener: UnixListener, upgrades: mpsc::Sender<UpgradeRequest>, gate: Gate) {
+pub(crate) async fn serve(listener: UnixListener, upgrades: mpsc::Sender<UpgradeRequest>, content: Arc<Content>, gate: Gate) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -41,9 +44,9 @@ pub(crate) async fn serve(listener: UnixListener, upgrades: mpsc::Sender<Upgrade
         };
         match accepted {
             Ok((socket, _root)) => {
-                let upgrades = upgrades.clone();
+                let (upgrades, content) = (upgrades.clone(), Arc::clone(&content));
                 tokio::spawn(async move {
-                    if let Err(error) = converse(socket, upgrades).await {
+                    if let Err(error) = converse(socket, upgrades, &content).await {
                         debug!(error:%; "a control connection failed");
                     }
                     drop(place);
@@ -57,11 +60,19 @@ pub(crate) async fn serve(listener: UnixListener, upgrades: mpsc::Sender<Upgrade
     }
 }
 
-async fn converse(socket: tokio::net::UnixStream, upgrades: mpsc::Sender<UpgradeRequest>) -> io::Result<()> {
+async fn converse(socket: tokio::net::UnixStream, upgrades: mpsc::Sender<UpgradeRequest>, content: &Content) -> io::Result<()> {
     let mut socket = BufReader::new(socket);
     let mut line = Vec::new();
     tokio::time::timeout(SLOWEST, (&mut socket).take(LINE_BYTES).read_until(b'\n', &mut line)).await??;
     let text = line.trim_ascii_end();
+    if text == VERIFY.as_bytes() {
+        let verified = tokio::select! {
+            verified = content.verify() => verified,
+            // its client does not wait any more
+            _closed = socket.read_u8() => return Ok(()),
+        };
+        return socket.get_mut().write_all(format!("{}\n", sentence(&verified)).as_bytes()).await;
+    }
     let program = match text.strip_prefix(UPGRADE.as_bytes()) {
         Some([]) => None,
         Some([b' ', path @ ..]) => Some(PathBuf::from(std::ffi::OsStr::from_bytes(path))),
@@ -78,12 +89,53 @@ async fn converse(socket: tokio::net::UnixStream, upgrades: mpsc::Sender<Upgrade
     socket.get_mut().write_all(answer.as_bytes()).await
 }
 
+/// What a verification is answered with.
+fn sentence(verified: &Result<Verified>) -> String {
+    let Verified { sound, damaged, missing } = match verified {
+        Ok(verified) => verified,
+        Err(error) => return format!("{ERROR}{}", error.chain().replace('\n', " ")),
+    };
+    let list = |digests: &[Digest]| digests.iter().take(LISTED).map(Digest::as_str).collect::<Vec<_>>().join(", ");
+    match (damaged.len(), missing.len()) {
+        (0, 0) => format!("{OK}{sound} blobs are sound"),
+        (0, count) => format!("{ERROR}{count} blobs are missing; pull their images again: {}", list(missing)),
+        (count, 0) => format!("{ERROR}{count} blobs were damaged, and are taken away; pull their images again: {}", list(damaged)),
+        (count, lost) => format!(
+            "{ERROR}{count} blobs were damaged, and are taken away; {lost} are missing; pull their images again: {}, {}",
+            list(damaged),
+            list(missing)
+        ),
+    }
+}
+
+/// Has the daemon at `address` read all content, and returns what it says.
+///
+/// Errors: what is not sound.
+pub(crate) fn verify(address: &Path) -> Result<String> {
+    for _attempt in 0..ATTEMPTS {
+        let answer = ask(address, VERIFY.into(), None)?;
+        if let Some(sentence) = answer.strip_prefix(ERROR) {
+            return Err(Error::DataLoss(sentence.trim_end().to_owned()));
+        }
+        if let Some(sentence) = answer.strip_prefix(OK) {
+            return Ok(sentence.trim_end().to_owned());
+        }
+        // an upgrade has ended it
+    }
+    Err(Error::Silent("it has exited; see its log".to_owned()))
+}
+
 /// Has the daemon at `address` replaced, and returns the pid of the process that serves now.
 ///
 /// Errors: why that one did not take over.
 pub(crate) fn upgrade(address: &Path, program: Option<&Path>) -> Result<u32> {
     for _attempt in 0..ATTEMPTS {
-        let answer = ask(address, program)?;
+        let mut request = std::ffi::OsString::from(UPGRADE);
+        if let Some(program) = program {
+            request.push(" ");
+            request.push(program);
+        }
+        let answer = ask(address, request, Some(ANSWERED))?;
         if let Some(sentence) = answer.strip_prefix(ERROR) {
             return Err(Error::Upgrade(sentence.trim_end().to_owned()));
         }
@@ -95,14 +147,9 @@ pub(crate) fn upgrade(address: &Path, program: Option<&Path>) -> Result<u32> {
     Err(Error::Silent("it has exited; see its log".to_owned()))
 }
 
-fn ask(address: &Path, program: Option<&Path>) -> Result<String> {
+fn ask(address: &Path, mut request: std::ffi::OsString, limit: Option<Duration>) -> Result<String> {
     let mut socket = UnixStream::connect(address).map_err(|why| Error::NoDaemon { address: address.to_owned(), why })?;
-    socket.set_read_timeout(Some(ANSWERED)).on("wait for", address)?;
-    let mut request = std::ffi::OsString::from(UPGRADE);
-    if let Some(program) = program {
-        request.push(" ");
-        request.push(program);
-    }
+    socket.set_read_timeout(limit).on("wait for", address)?;
     request.push("\n");
     let mut answer = String::new();
     let asked = socket.write_all(&request.into_vec()).and_then(|()| socket.read_to_string(&mut answer));
@@ -113,6 +160,9 @@ fn ask(address: &Path, program: Option<&Path>) -> Result<String> {
 }
 
 const UPGRADE: &str = "upgrade";
+const VERIFY: &str = "verify";
+/// Digests of an answer.
+const LISTED: usize = 100;
 const OK: &str = "ok ";
 const ERROR: &str = "error ";
 /// The most connections at a time; further ones wait.

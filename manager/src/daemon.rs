@@ -90,15 +90,19 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
         predecessor.ready(&parts.events).await?;
     }
     drop(not_yet);
+    // they end with their process, and this one has none yet
+    parts.transfers.end_interrupted().await?;
     let mut events = forward::serve(shims, Arc::clone(&parts.tasks)).await?;
     let (course, its_course) = watch::channel(Course::Serves);
     let api = tokio::spawn(api::serve(clients, Arc::new(parts.services()), settings.limits, its_course));
-    tokio::spawn(control::serve(control, send, parts.gate.clone()));
+    tokio::spawn(control::serve(control, send, Arc::clone(&parts.content), parts.gate.clone()));
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(listener, parts.sources()));
     }
     tokio::spawn(upkeep::run(parts.store.clone(), parts.gate.clone(), Arc::clone(&parts.calls)));
     tokio::spawn(gc::run(Arc::clone(&parts.collector)));
+    let ahead = parts.ahead.clone();
+    tokio::spawn(async move { ahead.watch().await });
     if let Some(interval) = settings.restart_interval {
         tokio::spawn(restart::watch(Arc::clone(&parts.restarter), interval));
     }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::task::JoinError;
 use tonic::{Code, Status};
 
+use crate::images::registry::RegistryError;
 use crate::layers::LayerError;
 
 /// A failure, by what its caller can do about it. Where a client alone is to act, the sentence is its own.
@@ -208,6 +209,9 @@ pub(crate) enum Error {
     /// A layer cannot be applied or created.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// A registry did not do what it was asked.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// The metadata store fails.
     #[error("metadata store: {op}")]
     Store {
@@ -287,12 +291,16 @@ pub(crate) enum Object {
     Ingest(String),
     /// By its reference, when its status is asked for.
     IngestStatus(String),
+    /// By its name; mounts that are made for a client.
+    Mount(String),
     /// By its name.
     Image(String),
     /// One that leads to something else.
     ImageTarget { name: String, has: String, wanted: String },
     /// A part of the daemon.
     Plugin { kind: String, id: String },
+    /// A stream of a client, by its id.
+    Stream(String),
     /// A service of the API.
     Service(String),
 }
@@ -323,8 +331,10 @@ impl fmt::Display for Object {
             Self::ImageTarget { name, has, wanted } => {
                 write!(f, "image {:?} has target {has}, not {}", short(name), short(wanted))
             }
+            Self::Mount(name) => write!(f, "mount {:?}", short(name)),
             Self::Image(name) => write!(f, "image {:?}", short(name)),
             Self::Plugin { kind, id } => write!(f, "plugin {kind:?} {id:?}"),
+            Self::Stream(id) => write!(f, "stream {:?}", short(id)),
             Self::Service(name) => write!(f, "service {:?}", short(name)),
         }
     }
@@ -361,6 +371,7 @@ impl Error {
             | Self::Layer(LayerError::Busy)
             | Self::StoreStopped => Code::Unavailable,
             Self::Remote { code, .. } => *code,
+            Self::Registry(error) => error.code(),
             Self::ShimAddress(_)
             | Self::ShimAnswer { .. }
             | Self::Undeletable { .. }

@@ -26,6 +26,8 @@ pub(crate) enum Invocation {
     Publish(Settings, EventName),
     /// Check the store.
     Check(Settings),
+    /// Have the running daemon read all content.
+    Verify(Settings),
     /// Print the default configuration.
     ConfigDefault,
     /// Check whether the daemon could start with these settings.
@@ -115,6 +117,8 @@ enum Command {
     },
     /// Check the metadata store for damage
     Check,
+    /// Read all content, and take away what is damaged, so that the next pull brings it again
+    Verify,
     /// Publish the event on standard input; for shims that publish with a program
     Publish(EventName),
     /// Print or check a configuration
@@ -159,6 +163,7 @@ impl Invocation {
             Some(Command::Upgrade { binary }) => Self::Upgrade(settings()?, binary),
             Some(Command::Backup { file }) => Self::Backup(settings()?, file),
             Some(Command::Check) => Self::Check(settings()?),
+            Some(Command::Verify) => Self::Verify(settings()?),
             Some(Command::Publish(event)) => Self::Publish(settings()?, event),
             Some(Command::Config(Config::Default)) => Self::ConfigDefault,
             Some(Command::Config(Config::Check { .. })) => Self::ConfigCheck(settings()?),
@@ -236,6 +241,7 @@ mod tests {
         assert_eq!(parse("upgrade --binary /x"), Ok(Invocation::Upgrade(settings(), Some("/x".into()))));
         assert_eq!(parse("backup b.db"), Ok(Invocation::Backup(settings(), "b.db".into())));
         assert_eq!(parse("check"), Ok(Invocation::Check(settings())));
+        assert_eq!(parse("verify"), Ok(Invocation::Verify(settings())));
         assert_eq!(parse("config default"), Ok(Invocation::ConfigDefault));
         assert_eq!(parse("config check"), Ok(Invocation::ConfigCheck(settings())));
         let event = EventName { namespace: "n".to_owned(), topic: "/t".to_owned() };

@@ -16,10 +16,12 @@ mod gate;
 mod gc;
 mod guarded;
 mod host;
+mod images;
 mod invocation;
 mod layers;
 mod logging;
 mod metrics;
+mod mounts;
 mod name;
 mod notify;
 mod parts;
@@ -102,6 +104,7 @@ fn run(invocation: Invocation) -> Result<()> {
             }
             println!("{} is sound", settings.store().display());
         }
+        Invocation::Verify(settings) => println!("{}", control::verify(&settings.control_address())?),
         Invocation::ConfigDefault => print!("{}", config::DEFAULT),
         Invocation::ConfigCheck(settings) => {
             preflight::check(&settings)?;

@@ -16,6 +16,7 @@ use crate::api::{BOUNDS, Calls, Cost};
 use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::gc::{Collector, Totals};
 use crate::pools::{Pool, Pools};
 use crate::restart::Restarter;
 use crate::sockets::{self, MetricsListener};
@@ -30,6 +31,7 @@ pub(crate) struct Sources {
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pub(crate) collector: Arc<Collector>,
     pub(crate) pools: Pools,
     /// Retires with this process.
     pub(crate) gate: Gate,
@@ -164,6 +166,7 @@ fn page(sources: &Sources, started: SystemTime) -> String {
         |value: fn(&Pool) -> usize| sources.pools.all().map(|pool| (format!("{{pool=\"{}\"}}", pool.name()), value(pool) as f64));
     add("x_manager_pool_busy", "gauge", "Threads that work, by pool.", &of_pools(Pool::busy));
     add("x_manager_pool_queue", "gauge", "Jobs that wait for a thread, by pool.", &of_pools(Pool::waiting));
+    collections(&mut add, &sources.collector.totals());
     let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     add("process_start_time_seconds", "gauge", "When this process began to serve, in seconds since 1970.", &one(since));
     if let Some((virtual_bytes, resident_bytes)) = memory() {
@@ -176,6 +179,20 @@ fn page(sources: &Sources, started: SystemTime) -> String {
     }
     latencies(&mut page, &costs);
     page
+}
+
+fn collections(add: &mut impl FnMut(&str, &str, &str, &[(String, f64)]), totals: &Totals) {
+    let by = |name: &str, value: u64| (format!("{{kind=\"{name}\"}}"), value as f64);
+    let one = |value: f64| [(String::new(), value)];
+    let outcome = |name: &str, value: u64| (format!("{{outcome=\"{name}\"}}"), value as f64);
+    let outcomes = [outcome("success", totals.collections), outcome("failure", totals.failed)];
+    add("x_manager_gc_collections_total", "counter", "Garbage collections.", &outcomes);
+    let took = totals.took.as_secs_f64();
+    add("x_manager_gc_seconds_total", "counter", "Duration of garbage collections, without the removal of files.", &one(took));
+    let removed = [by("content", totals.content), by("image", totals.images), by("snapshot", totals.snapshots)];
+    add("x_manager_gc_removed_total", "counter", "Objects that were removed because nothing led to them, by kind.", &removed);
+    let help = "Bytes of removed blobs, and of committed snapshots that nothing led to.";
+    add("x_manager_gc_freed_bytes_total", "counter", help, &one(totals.freed_bytes as f64));
 }
 
 fn latencies(page: &mut String, costs: &BTreeMap<String, Cost>) {

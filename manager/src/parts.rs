@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController,
-    Sandboxes, Services, SnapshotService, TaskService, Version,
+    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, MountService, Namespaces,
+    SandboxController, Sandboxes, Services, SnapshotService, Streams, TaskService, TransferService, Version,
 };
 use crate::content::Content;
 use crate::diff::Differ;
@@ -14,7 +14,11 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::gc::Collector;
 use crate::host::kernel_id;
+use crate::images::ahead::Ahead;
+use crate::images::unpack::Unpacker;
+use crate::images::{self, Transfers};
 use crate::metrics::Sources;
+use crate::mounts::Mounts;
 use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
@@ -35,8 +39,12 @@ pub(crate) struct Parts {
     pub(crate) restarter: Arc<Restarter>,
     pub(crate) snapshots: Snapshots,
     differ: Differ,
+    pub(crate) transfers: Arc<Transfers>,
+    /// Unpacks them before clients ask for it.
+    pub(crate) ahead: Ahead,
+    mounts: Mounts,
     pub(crate) collector: Arc<Collector>,
-    content: Arc<Content>,
+    pub(crate) content: Arc<Content>,
     pools: Pools,
     settings: Arc<Settings>,
     uuid: String,
@@ -52,7 +60,9 @@ impl Parts {
         let (gate, pools) = (Gate::default(), Pools::default());
         let events = Arc::new(Exchange::new(settings.limits, pools.event_filters.clone()));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone(), pools.bundles.clone()));
-        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?
+            .with_pools(pools.usage.clone(), pools.copies.clone())
+            .with_proxies(&settings.proxies);
         let restarter = Arc::new(Restarter {
             store: store.clone(),
             snapshots: snapshots.clone(),
@@ -70,14 +80,29 @@ impl Parts {
             limits: settings.limits.layers,
             state: settings.state.clone(),
         };
+        let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
+        let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
+        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.bundles.clone(), gate.clone());
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
             Arc::new(snapshots.clone()),
+            mounts.clone(),
             Arc::clone(&events),
             gate.clone(),
             settings.collection,
         ));
+        let transfers = Arc::new(Transfers::new(images::Parts {
+            content: Arc::clone(&content),
+            store: store.clone(),
+            events: Arc::clone(&events),
+            gate: gate.clone(),
+            collector: Arc::clone(&collector),
+            unpacker,
+            pool: pools.content.clone(),
+            archives: pools.archives.clone(),
+            settings: settings.transfer.clone(),
+        }));
         Ok(Self {
             store,
             events,
@@ -89,6 +114,9 @@ impl Parts {
             content,
             snapshots,
             differ,
+            transfers,
+            ahead,
+            mounts,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -100,7 +128,15 @@ impl Parts {
         let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
         let (events, tasks, collector) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks), || Arc::clone(&self.collector));
+        let streams = Arc::new(Streams::default());
         Services {
+            transfer: Arc::new(TransferService {
+                transfers: Arc::clone(&self.transfers),
+                streams: Arc::clone(&streams),
+                gate: gate(),
+                config_path: self.settings.transfer.config_path.clone(),
+            }),
+            streams,
             containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
             tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
             sandboxes: Arc::new(Sandboxes { store: store(), filters: filters.clone() }),
@@ -112,8 +148,10 @@ impl Parts {
                 store: store(),
                 events: events(),
                 filters: filters.clone(),
+                ahead: self.ahead.clone(),
             }),
-            diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            diff: Arc::new(DiffService { differ: self.differ.clone(), ahead: self.ahead.clone() }),
+            mounts: Arc::new(MountService { mounts: self.mounts.clone(), filters: filters.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
                 content: Arc::clone(&self.content),
@@ -122,6 +160,7 @@ impl Parts {
                 filters: filters.clone(),
                 gate: gate(),
                 pool: self.pools.content.clone(),
+                ahead: self.ahead.clone(),
                 address: self.settings.address.as_path().into(),
             }),
             images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
@@ -147,6 +186,7 @@ impl Parts {
             tasks: Arc::clone(&self.tasks),
             calls: Arc::clone(&self.calls),
             restarter: Arc::clone(&self.restarter),
+            collector: Arc::clone(&self.collector),
             pools: self.pools.clone(),
             gate: self.gate.clone(),
         }

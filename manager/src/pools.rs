@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{Error, Result};
 
@@ -16,10 +16,18 @@ pub(crate) struct Pools {
     pub(crate) bundles: Pool,
     /// Files of snapshots, for which calls wait.
     pub(crate) snapshots: Pool,
+    /// Sizes of trees that are in use.
+    pub(crate) usage: Pool,
+    /// Copies of trees, for snapshotters without overlays.
+    pub(crate) copies: Pool,
     /// Layers that are applied or created: each has another thread of its own.
     pub(crate) layers: Pool,
+    /// Layers that are applied while their bytes arrive: they wait for slow clients.
+    pub(crate) arriving: Pool,
     /// Deletion of files of snapshots.
     pub(crate) removal: Pool,
+    /// Archives of images: as slow as the clients that send and receive them.
+    pub(crate) archives: Pool,
     /// Bytes of content: hashed and written as they come, and read.
     pub(crate) content: Pool,
     /// Filters of lists: they may use all of a CPU.
@@ -33,8 +41,12 @@ impl Default for Pools {
         Self {
             bundles: Pool::new("bundles", BUNDLES),
             snapshots: Pool::new("snapshots", SNAPSHOTS),
+            usage: Pool::new("usage", USAGE),
+            copies: Pool::new("copies", COPIES),
             layers: Pool::new("layers", LAYERS),
+            arriving: Pool::new("arriving_layers", ARRIVING),
             removal: Pool::new("removal", REMOVAL),
+            archives: Pool::new("archives", ARCHIVES),
             content: Pool::new("content", CONTENT),
             list_filters: Pool::new("list_filters", LIST_FILTERS),
             event_filters: Pool::new("event_filters", EVENT_FILTERS),
@@ -44,8 +56,20 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 7] {
-        [&self.bundles, &self.content, &self.snapshots, &self.layers, &self.removal, &self.list_filters, &self.event_filters]
+    pub(crate) fn all(&self) -> [&Pool; 11] {
+        [
+            &self.bundles,
+            &self.archives,
+            &self.content,
+            &self.snapshots,
+            &self.usage,
+            &self.copies,
+            &self.layers,
+            &self.arriving,
+            &self.removal,
+            &self.list_filters,
+            &self.event_filters,
+        ]
     }
 }
 
@@ -85,7 +109,22 @@ impl Pool {
     pub(crate) async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
         let counted = Counted::new(&self.jobs);
         // the semaphore is never closed
-        let place = Arc::clone(&self.free).acquire_owned().await;
+        let place = Arc::clone(&self.free).acquire_owned().await.ok();
+        self.run_at(place, counted, job).await
+    }
+
+    /// The same if a thread is free now: the job otherwise.
+    pub(crate) async fn try_run<T: Send + 'static, J: FnOnce() -> T + Send + 'static>(&self, job: J) -> Result<T, Result<J, Error>> {
+        let Ok(place) = Arc::clone(&self.free).try_acquire_owned() else { return Err(Ok(job)) };
+        self.run_at(Some(place), Counted::new(&self.jobs), job).await.map_err(Err)
+    }
+
+    async fn run_at<T: Send + 'static>(
+        &self,
+        place: Option<OwnedSemaphorePermit>,
+        counted: Counted,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
         let done = tokio::task::spawn_blocking(move || {
             let result = job();
             // In this order: the next job may end before this line does, and nothing would be waiting then.
@@ -114,16 +153,23 @@ impl Drop for Counted {
 
 const BUNDLES: usize = 13;
 const SNAPSHOTS: usize = 4;
+const USAGE: usize = 2;
+const COPIES: usize = 2;
 /// As many as clients pull at once for one image.
 const LAYERS: usize = 3;
+/// Without a free one, a layer is applied once all of it is there.
+const ARRIVING: usize = 6;
 const REMOVAL: usize = 1;
+/// Further imports and exports wait.
+const ARCHIVES: usize = 8;
 const CONTENT: usize = 8;
 const LIST_FILTERS: usize = 2;
 const EVENT_FILTERS: usize = 1;
 /// Long reads of the store: one collection at a time.
 const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize = BUNDLES + CONTENT + SNAPSHOTS + LAYERS + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
+pub(crate) const THREADS: usize =
+    BUNDLES + CONTENT + ARCHIVES + SNAPSHOTS + USAGE + COPIES + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -1,8 +1,10 @@
 //! Settings: paths, addresses, and limits on what clients can make this process hold.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use containerd_client::types::Platform;
 use log::LevelFilter;
 
 use crate::layers::LayerLimits;
@@ -27,10 +29,33 @@ pub(crate) struct Settings {
     pub(crate) restart_interval: Option<Duration>,
     /// Whether namespaces share content.
     pub(crate) sharing: Sharing,
+    /// Whether layers are unpacked before clients ask for it.
+    pub(crate) unpacks_ahead: bool,
     /// When garbage is collected.
     pub(crate) collection: Collection,
+    /// How images are pulled and pushed.
+    pub(crate) transfer: TransferSettings,
+    /// Snapshotters that other processes serve.
+    pub(crate) proxies: Vec<ProxyPlugin>,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
+}
+
+/// How images are pulled and pushed; containerd's settings and defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TransferSettings {
+    /// Blobs that arrive at the same time.
+    pub(crate) max_concurrent_downloads: usize,
+    /// Blobs that are sent at the same time.
+    pub(crate) max_concurrent_uploaded_layers: usize,
+    /// Folders with a hosts.toml for each registry, joined by `:`, for clients that name none; empty for none.
+    pub(crate) config_path: String,
+}
+
+impl Default for TransferSettings {
+    fn default() -> Self {
+        Self { max_concurrent_downloads: 3, max_concurrent_uploaded_layers: 3, config_path: String::new() }
+    }
 }
 
 /// Where metrics are served.
@@ -79,6 +104,21 @@ impl Default for Collection {
     }
 }
 
+/// A snapshotter that another process serves, as containerd's `[proxy_plugins]` has them.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ProxyPlugin {
+    pub(crate) name: String,
+    /// What it calls itself, where several are behind one socket.
+    pub(crate) snapshotter: String,
+    /// Its unix socket.
+    pub(crate) address: PathBuf,
+    /// Of its snapshots; none for that of this machine.
+    pub(crate) platform: Option<Platform>,
+    /// What clients see of it.
+    pub(crate) exports: BTreeMap<String, String>,
+    pub(crate) capabilities: Vec<String>,
+}
+
 /// What clients may make this process hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
@@ -111,7 +151,10 @@ impl Default for Settings {
             metrics: None,
             restart_interval: Some(Duration::from_secs(10)),
             sharing: Sharing::default(),
+            unpacks_ahead: true,
             collection: Collection::default(),
+            transfer: TransferSettings::default(),
+            proxies: Vec::new(),
             limits: Limits::default(),
         }
     }

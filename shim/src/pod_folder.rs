@@ -52,8 +52,11 @@ impl Slice {
 }
 
 impl Leftovers {
-    /// Writes them, before they are made. The folder must be there.
+    /// Writes them, before they are made. The folder must be there. Without any there is no file.
     pub(crate) fn blocking_write(&self, bundle: &Path) -> io::Result<()> {
+        if *self == Self::default() {
+            return blocking_remove_file(&bundle.join(FOLDER).join(LEFTOVERS));
+        }
         let bytes = serde_json::to_vec(self).expect("a list of paths has a JSON form");
         blocking_replace(&bundle.join(FOLDER).join(LEFTOVERS), &bytes, 0o600)
     }
@@ -88,7 +91,12 @@ pub(crate) fn blocking_link_journal(bundle: &Path, id: &str, journal: &Path) -> 
 
 /// The container is deleted.
 pub(crate) fn blocking_unlink_journal(bundle: &Path, id: &str) -> io::Result<()> {
-    match fs::remove_file(bundle.join(FOLDER).join(CONTAINERS).join(id)) {
+    blocking_remove_file(&bundle.join(FOLDER).join(CONTAINERS).join(id))
+}
+
+/// One that is not there is removed.
+fn blocking_remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
@@ -156,6 +164,8 @@ mod tests {
         assert!(leftovers.slice.as_ref().is_some_and(Slice::blocking_is_empty));
         leftovers.blocking_remove_cgroups();
         assert!(folder.join("a/other").exists() && !folder.join("a/b").exists());
-        assert_eq!(Leftovers::blocking_read(Path::new("/nowhere")), Leftovers::default());
+        Leftovers::default().blocking_write(&folder).expect("removed");
+        assert!(!folder.join(FOLDER).join(LEFTOVERS).exists());
+        assert_eq!(Leftovers::blocking_read(&folder), Leftovers::default());
     }
 }

@@ -90,6 +90,15 @@ impl Client {
         }
     }
 
+    /// A call that no daemon serves.
+    pub async fn unserved(&self) -> Answer<()> {
+        let mut grpc = tonic::client::Grpc::new(self.api.channel().clone());
+        grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let path = tonic::codegen::http::uri::PathAndQuery::from_static("/containerd.services.none.v1.None/Nothing");
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        grpc.unary(self.request(()), path, codec).await.map(Response::into_inner)
+    }
+
     /// The daemon's version.
     pub async fn version(&self) -> Answer<String> {
         self.call("version", self.api.version().version(())).await.map(|answer| answer.version)

@@ -15,8 +15,15 @@
 //! | [`context`] | the daemon, namespace and folder of one test |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
 //! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
+//! | [`image`] | images whose layers a test knows file by file |
+//! | [`import`] | a client that imports and unpacks images step by step |
+//! | [`stored`] | a daemon's rows beside its files |
+//! | [`power`] | disks as power cuts leave them |
+//! | [`dice`] | numbers by a seed |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
+//! | [`registry`] | a registry on loopback, whose blobs can be held |
+//! | [`transfers`] | images made blob by blob, and the calls that move them |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | an OCI runtime that blocks, fails or floods stderr on demand |
@@ -51,32 +58,39 @@ pub mod context;
 pub mod controller;
 pub mod cri;
 pub mod daemon;
+pub mod dice;
 pub mod direct;
 pub mod docker;
 pub mod events;
 pub mod eventually;
 pub mod fake_containerd;
 pub mod gate;
+pub mod image;
 pub mod image_tools;
+pub mod import;
 pub mod isolation;
 pub mod kernel_trace;
 pub mod messages;
 pub mod network;
 pub mod operator;
 pub mod pod_config;
+pub mod power;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
+pub mod registry;
 pub mod rootfs;
 pub mod runner;
 pub mod sandbox;
 pub mod spec;
 pub mod stand;
 pub mod stdio;
+pub mod stored;
 pub mod suite;
 pub mod task;
 pub mod times;
 pub mod trace;
+pub mod transfers;
 pub mod ttrpc;
 pub mod upload;
 pub mod witness;

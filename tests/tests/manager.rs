@@ -2,14 +2,24 @@
 //!
 //! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
 
+#[path = "manager/ahead.rs"]
+mod ahead;
 #[path = "manager/api.rs"]
 mod api;
+#[path = "manager/archives.rs"]
+mod archives;
 #[path = "manager/bad_input.rs"]
 mod bad_input;
 #[path = "manager/content.rs"]
 mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/damage.rs"]
+mod damage;
+#[path = "manager/image_kills.rs"]
+mod image_kills;
+#[path = "manager/image_rows.rs"]
+mod image_rows;
 #[path = "manager/images.rs"]
 mod images;
 #[path = "manager/judges.rs"]
@@ -20,12 +30,20 @@ mod kills;
 mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
+#[path = "manager/power.rs"]
+mod power;
+#[path = "manager/power_vm.rs"]
+mod power_vm;
+#[path = "manager/proxies.rs"]
+mod proxies;
 #[path = "manager/restart.rs"]
 mod restart;
 #[path = "manager/sandboxes.rs"]
 mod sandboxes;
 #[path = "manager/shims.rs"]
 mod shims;
+#[path = "manager/transfer.rs"]
+mod transfer;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -45,6 +63,10 @@ fn main() -> ExitCode {
         content_cases(),
         image_cases(),
         layer_cases(),
+        transfer_cases(),
+        archive_cases(),
+        ahead_cases(),
+        proxy_cases(),
         ctr_cases(),
         judge_cases(),
         bad_input_cases(),
@@ -52,6 +74,8 @@ fn main() -> ExitCode {
         shim_cases(),
         sandbox_cases(),
         kill_cases(),
+        image_row_cases(),
+        power_cases(),
     ]
     .concat();
     runner::main(&cases, &[], programs)
@@ -71,13 +95,21 @@ fn api_cases() -> Vec<Case> {
             labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
             an_event_is_published_from_the_command_line,
-            transfers_are_unimplemented,
+            what_is_not_served_is_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
             a_burst_of_calls_over_one_connection_is_answered,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_whose_client_disconnects_is_completed,
+    ]
+}
+
+fn proxy_cases() -> Vec<Case> {
+    cases![proxies,
+        Scope::Once =>
+            a_snapshotter_of_another_process_is_used_like_ones_own,
+            a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_else,
     ]
 }
 
@@ -107,6 +139,40 @@ fn layer_cases() -> Vec<Case> {
             a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
             an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
             a_layer_that_finds_no_room_leaves_nothing,
+    ]
+}
+
+fn transfer_cases() -> Vec<Case> {
+    cases![transfer,
+        Scope::Once =>
+            streams_are_opened_under_a_name_and_taken_once,
+            an_image_that_ten_clients_pull_is_fetched_once,
+            a_pull_that_is_cancelled_leaves_nothing,
+            an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
+            an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
+            odd_images_are_pulled_as_far_as_they_can_be,
+            of_an_index_what_is_here_is_exported_and_pushed,
+            a_registry_asks_the_client_for_its_secret,
+            layers_with_the_same_contents_keep_their_own_blobs,
+    ]
+}
+
+fn archive_cases() -> Vec<Case> {
+    cases![archives,
+        Scope::Once =>
+            archives_of_docker_and_of_tools_are_imported,
+            an_archive_that_is_wrong_is_refused_and_leaves_nothing,
+            an_import_that_was_made_before_writes_nothing,
+    ]
+}
+
+fn ahead_cases() -> Vec<Case> {
+    cases![ahead,
+        Scope::Once =>
+            a_pull_by_ctr_is_unpacked_while_it_downloads,
+            a_fetch_alone_is_not_unpacked,
+            a_pull_that_is_killed_leaves_nothing_and_can_be_repeated,
+            a_pull_whose_lease_is_deleted_says_so_and_can_be_repeated,
     ]
 }
 
@@ -204,4 +270,31 @@ fn kill_cases() -> Vec<Case> {
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()
+}
+
+fn image_row_cases() -> Vec<Case> {
+    cases![image_rows,
+        Scope::Once =>
+            an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
+            a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            an_image_that_is_removed_and_imported_again_at_once_is_whole,
+            what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
+            a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
+            a_damaged_ingest_begins_again,
+            a_write_goes_on_over_an_upgrade_also_if_another_namespace_has_the_content_by_then,
+            an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
+        Scope::Daemons => upgrades_end_no_import,
+    ]
+    .into_iter()
+    .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
+    .collect()
+}
+
+fn power_cases() -> Vec<Case> {
+    let cuts = cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment];
+    let kills = cases![image_kills, Scope::Once => images_survive_kills_at_any_moment];
+    let machines = cases![power_vm, Scope::Once => an_acknowledged_image_survives_the_end_of_its_virtual_machine];
+    let cuts = cuts.into_iter().map(|case| case.within(power::deadline()));
+    let cuts = cuts.chain(machines.into_iter().map(|case| case.within(power_vm::deadline())));
+    cuts.chain(kills.into_iter().map(|case| case.within(image_kills::deadline()))).collect()
 }

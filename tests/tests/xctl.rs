@@ -10,8 +10,6 @@ mod harness;
 mod images;
 #[path = "xctl/lifecycle.rs"]
 mod lifecycle;
-#[path = "xctl/registry.rs"]
-mod registry;
 #[path = "xctl/terminals.rs"]
 mod terminals;
 #[path = "xctl/upkeep.rs"]
@@ -77,8 +75,7 @@ fn image_cases() -> Vec<Case> {
             an_image_decides_what_the_command_line_does_not,
             a_container_of_an_image_is_restarted_by_the_daemon,
             a_damaged_archive_is_refused_and_leaves_nothing,
-            an_image_is_pushed_and_pulled;
-        Scope::Ends =>
+            an_image_is_pushed_and_pulled,
             images_are_imported_listed_named_exported_and_removed,
     ]
 }

@@ -229,6 +229,10 @@ where
                 None => return Poll::Ready(None),
             };
             if this.is_stream {
+                // its reader was busy for so long; the client is not late
+                if this.late.deadline() <= Instant::now() {
+                    this.late.as_mut().reset(Instant::now() + COMPLETE);
+                }
                 let was_within = this.is_within();
                 let begun = match frame.data_ref().map(|data| this.count_many(data)).transpose() {
                     Ok(begun) => begun.unwrap_or_default(),

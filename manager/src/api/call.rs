@@ -4,6 +4,8 @@ use tonic::Request;
 
 use super::body::Share;
 use crate::error::{Error, Result};
+use crate::images::ahead::Connection;
+use crate::layers::Cancel;
 use crate::name::Namespace;
 
 /// The metadata of a call, and its request's share of the budget: kept until the call is answered.
@@ -13,11 +15,17 @@ pub(super) struct Call {
     lease: Option<String>,
     pid: i32,
     share: Share,
+    connection: Option<Connection>,
+    gone: Cancel,
 }
 
 /// The process at the other end of a connection; 0 if that is not known.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Peer(pub(super) i32);
+
+/// The connection that a call came over.
+#[derive(Debug, Clone)]
+pub(super) struct Client(pub(super) Connection);
 
 impl Call {
     pub(super) fn of<Q>(request: &Request<Q>) -> Self {
@@ -25,7 +33,14 @@ impl Call {
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
         let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
-        Self { namespace: text("containerd-namespace"), lease, pid, share }
+        let connection = request.extensions().get::<Client>().map(|client| client.0.clone());
+        let gone = request.extensions().get::<Cancel>().cloned().unwrap_or_default();
+        Self { namespace: text("containerd-namespace"), lease, pid, share, connection, gone }
+    }
+
+    /// Cancelled when the client does not wait any more: what is copied for it need not be.
+    pub(super) fn gone(&self) -> Cancel {
+        self.gone.clone()
     }
 
     /// The client's process; 0 if that is not known.
@@ -36,6 +51,11 @@ impl Call {
     /// Gives back what the last message of its request's stream holds of the budget: it has been answered.
     pub(super) fn answered(&self) {
         self.share.release();
+    }
+
+    /// Ends with the client's connection.
+    pub(super) fn connection(&self) -> Option<&Connection> {
+        self.connection.as_ref()
     }
 
     /// The lease that is to hold what the call creates.

@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::events::Exchange;
 use crate::filter::{Fields, Filter, label, text};
 use crate::gate::Gate;
+use crate::images::ahead::Ahead;
 use crate::name::{self, Namespace};
 use crate::pools::Pool;
 use crate::store::{Store, blobs};
@@ -60,6 +61,8 @@ pub(crate) struct ContentService {
     pub(crate) gate: Gate,
     /// Reads blobs.
     pub(crate) pool: Pool,
+    /// Learns from what clients write which images they pull.
+    pub(crate) ahead: Ahead,
     /// Where the process that takes over serves too.
     pub(crate) address: Arc<Path>,
 }
@@ -112,7 +115,9 @@ impl ContentService {
         request: ReadContentRequest,
     ) -> Result<impl Stream<Item = Result<ReadContentResponse, Status>>> {
         let digest = Digest::parse(&request.digest)?;
-        let blob = self.content.read(&call.namespace()?, &digest).await?;
+        let namespace = call.namespace()?;
+        let blob = self.content.read(&namespace, &digest).await?;
+        self.ahead.seen(&namespace, call.lease().as_deref(), call.connection(), &digest);
         let begin = u64::try_from(request.offset).unwrap_or_default();
         let left = blob.size.checked_sub(begin);
         let left = left.ok_or_else(|| Error::OutOfRange(format!("read past object length {} bytes", blob.size)))?;
@@ -145,8 +150,9 @@ impl ContentService {
     }
 
     pub(super) async fn list_statuses(self: Arc<Self>, call: Call, request: ListStatusesRequest) -> Result<ListStatusesResponse> {
-        let filter = Filter::parse(&request.filters)?;
-        let statuses = self.content.statuses(&call.namespace()?).await?;
+        let (filter, namespace) = (Filter::parse(&request.filters)?, call.namespace()?);
+        self.ahead.meant(&namespace, call.lease().as_deref(), call.connection());
+        let statuses = self.content.statuses(&namespace).await?;
         Ok(ListStatusesResponse { statuses: self.filters.matching(&filter, statuses).await? })
     }
 
@@ -252,7 +258,14 @@ impl Session {
             expected: self.expected.as_ref().map(Digest::to_string).unwrap_or_default(),
             ..WriteContentRequest::default()
         };
-        let (mut begun, _) = Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await?;
+        let begin = async |first| Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await;
+        let (mut begun, found) = begin(first.clone()).await?;
+        if request.offset > 0 && found.offset != request.offset && !first.expected.is_empty() {
+            // another client has stored the same content meanwhile, and nothing more is asked for: this one goes on with what it has written
+            drop(begun);
+            request.expected.clone_from(&first.expected);
+            (begun, _) = begin(WriteContentRequest { expected: String::new(), ..first }).await?;
+        }
         request.r#ref.clone_from(&self.reference);
         let answer = begun.pass(request).await;
         *relay = Some(begun);
@@ -287,7 +300,13 @@ impl Session {
             None => {
                 let (namespace, reference, lease) = (self.namespace.clone(), request.r#ref, self.lease.clone());
                 let opening = Opening { namespace, reference: reference.clone(), total, expected: expected.clone(), lease };
-                let writer = content.write(opening).await?;
+                let writer = match content.write(opening).await {
+                    Err(error @ Error::AlreadyExists(_)) => {
+                        expected.iter().for_each(|digest| self.seen(digest));
+                        return Err(error);
+                    }
+                    writer => writer?,
+                };
                 self.reference = reference;
                 writer
             }
@@ -299,6 +318,11 @@ impl Session {
         let answer = self.act(&mut writer, action, offset, data, request.labels).await;
         self.writer = Some(writer);
         answer
+    }
+
+    /// The client has this blob now.
+    fn seen(&self, digest: &Digest) {
+        self.service.ahead.seen(&self.namespace, self.lease.as_deref(), self.call.connection(), digest);
     }
 
     async fn act(
@@ -332,6 +356,7 @@ impl Session {
             let digest = writer.commit(self.total, self.expected.as_ref(), mask::without_empty(labels)).await?;
             let event = ContentCreate { digest: digest.to_string(), size: answer.offset };
             self.service.events.publish(&self.namespace, "/content/create", &event);
+            self.seen(&digest);
             answer.digest = digest.to_string();
         }
         Ok(answer)

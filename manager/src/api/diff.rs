@@ -3,18 +3,24 @@
 use std::sync::Arc;
 
 use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, DiffResponse};
-use containerd_client::types::Descriptor;
+use containerd_client::types::{Descriptor, Mount};
+use log::info;
 
 use super::call::Call;
 use crate::content::Digest;
 use crate::diff::{Differ, NewBlob};
 use crate::error::{Error, Result};
+use crate::images::ahead::Ahead;
+use crate::images::ahead::adopt::Adopted;
 use crate::layers::{Compression, Times};
+use crate::name::Namespace;
 
 /// The service.
 #[derive(Debug)]
 pub(crate) struct DiffService {
     pub(crate) differ: Differ,
+    /// May have unpacked a layer already.
+    pub(crate) ahead: Ahead,
 }
 
 impl DiffService {
@@ -26,6 +32,12 @@ impl DiffService {
             return Err(Error::Unimplemented(format!("a layer with a payload for {kind:?}")));
         }
         let digest_of_blob = Digest::parse(&diff.digest)?;
+        if let Some(adopted) = self.adopt(&namespace, &digest_of_blob, &request.mounts, request.sync_fs).await {
+            let size = i64::try_from(adopted.bytes).unwrap_or(i64::MAX);
+            let digest = adopted.diff_id.to_string();
+            let applied = Descriptor { media_type: OCI_LAYER.to_owned(), digest, size, annotations: [].into() };
+            return Ok(ApplyResponse { applied: Some(applied) });
+        }
         let applied = self.differ.apply(&namespace, &digest_of_blob, request.mounts, request.sync_fs).await?;
         let size = i64::try_from(applied.bytes).unwrap_or(i64::MAX);
         let applied = Descriptor {
@@ -35,6 +47,18 @@ impl DiffService {
             annotations: [].into(),
         };
         Ok(ApplyResponse { applied: Some(applied) })
+    }
+
+    /// Takes what is unpacked already, where the client wants it as it is.
+    async fn adopt(&self, namespace: &Namespace, blob: &Digest, mounts: &[Mount], syncs: bool) -> Option<Adopted> {
+        let upper = self.differ.upper(mounts).filter(|_| !syncs)?;
+        match self.ahead.adopt(namespace, blob, upper).await {
+            Ok(adopted) => adopted,
+            Err(error) => {
+                info!(layer:% = blob, error = error.chain(); "cannot use a layer that was unpacked ahead, it is applied");
+                None
+            }
+        }
     }
 
     pub(super) async fn diff(self: Arc<Self>, call: Call, request: DiffRequest) -> Result<DiffResponse> {

@@ -11,14 +11,15 @@ use containerd_client::services::v1::{
 use super::call::Call;
 use super::mask;
 use super::search::{Filters, Search};
-use crate::content::{Digest, hold};
+use crate::content::hold;
 use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::filter::{Fields, label, text};
 use crate::gate::Gate;
 use crate::gc::Collector;
+use crate::images::{put, validate};
 use crate::store::{Meta, Store, images, namespaces};
-use crate::{name, timestamp};
+use crate::timestamp;
 
 impl Fields for Image {
     fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
@@ -136,11 +137,6 @@ impl Images {
     }
 }
 
-fn put(db: &mut Meta<'_>, namespace: &str, image: &Image) -> Result<()> {
-    images::put(db, namespace, &image.name, image)?;
-    images::note_target(db, namespace, image)
-}
-
 /// Takes what the paths name from `new`; without paths everything.
 fn apply(image: &mut Image, new: &Image, paths: Option<&[String]>) -> Result<()> {
     let Some(paths) = paths else {
@@ -167,28 +163,6 @@ fn apply(image: &mut Image, new: &Image, paths: Option<&[String]>) -> Result<()>
     }
     Ok(())
 }
-
-fn validate(image: &Image) -> Result<()> {
-    if image.name.len() > MAX_NAME_BYTES {
-        return Err(Error::Invalid(format!("an image name of {} bytes; the maximum is {MAX_NAME_BYTES}", image.name.len())));
-    }
-    name::labels(&image.labels)?;
-    let target = image.target.clone().unwrap_or_default();
-    if Digest::of(&target.digest).is_none() {
-        let shown: String = target.digest.chars().take(200).collect();
-        return Err(Error::Invalid(format!("Target.Digest {shown:?} invalid: invalid digest")));
-    }
-    if target.size <= 0 {
-        return Err(Error::Invalid("Target.Size must be greater than zero".to_owned()));
-    }
-    if target.media_type.is_empty() {
-        return Err(Error::Invalid("Target.MediaType must be set".to_owned()));
-    }
-    name::labels(&target.annotations)
-}
-
-/// References are shorter.
-const MAX_NAME_BYTES: usize = 4096;
 
 #[cfg(test)]
 mod tests {
@@ -226,26 +200,6 @@ mod tests {
         assert_eq!(updated(&[]).expect("allowed"), new);
         for path in ["name", "target.size", "created_at"] {
             assert_eq!(updated(&[path]).expect_err(path).code(), tonic::Code::InvalidArgument);
-        }
-    }
-
-    #[test]
-    fn what_no_image_can_be_is_refused() {
-        assert!(validate(&image()).is_ok());
-        let with = |change: fn(&mut Descriptor)| {
-            let mut image = image();
-            change(image.target.get_or_insert_default());
-            image
-        };
-        for bad in [
-            Image { target: None, ..image() },
-            Image { labels: [("k".to_owned(), "v".repeat(5000))].into(), ..image() },
-            Image { name: "n".repeat(5000), ..image() },
-            with(|target| target.digest = "sha256:../x".to_owned()),
-            with(|target| target.size = 0),
-            with(|target| target.media_type.clear()),
-        ] {
-            assert_eq!(validate(&bad).expect_err("bad").code(), tonic::Code::InvalidArgument);
         }
     }
 }

@@ -65,11 +65,14 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         with(plugin("io.containerd.metadata.v1", "sqlite"), &[], &[], &[("policy", sharing.to_owned())]),
         with(plugin(RUNTIME_TYPE, RUNTIME_ID), &platforms, &[], &[]),
     ];
+    plugins.push(plugin("io.containerd.mount-manager.v1", "local"));
     plugins.extend([plugin("io.containerd.sandbox.store.v1", "local"), plugin("io.containerd.sandbox.controller.v1", SANDBOX_CONTROLLER)]);
     for snapshotter in Snapshotter::ALL {
-        let capabilities: &[&str] = if snapshotter.can_rebase() { &["rebase"] } else { &[] };
+        let can_remap = snapshots.cannot_remap(snapshotter).is_none();
+        let capabilities = [("rebase", snapshotter.can_rebase()), ("remap-ids", can_remap)];
+        let capabilities: Vec<_> = capabilities.into_iter().filter(|(_, can)| *can).map(|(name, _)| name).collect();
         let root = folder(snapshots.root_of(snapshotter));
-        let mut plugin = with(plugin("io.containerd.snapshotter.v1", snapshotter.name()), &platforms, capabilities, &root);
+        let mut plugin = with(plugin("io.containerd.snapshotter.v1", snapshotter.name()), &platforms, &capabilities, &root);
         plugin.init_err = snapshots.unusable(snapshotter).map(|why| RpcStatus {
             code: tonic::Code::FailedPrecondition.into(),
             message: why.to_owned(),
@@ -77,7 +80,18 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         });
         plugins.push(plugin);
     }
+    for proxy in snapshots.proxies() {
+        let proxied = &proxy.plugin;
+        let platforms = proxied.platform.as_ref().map_or(platforms.to_vec(), |platform| vec![platform.clone()]);
+        let mut shown = plugin("io.containerd.snapshotter.v1", &proxied.name);
+        (shown.platforms, shown.capabilities) = (platforms, proxied.capabilities.clone());
+        shown.exports = proxied.exports.clone().into_iter().collect();
+        shown.exports.insert("address".to_owned(), proxied.address.to_string_lossy().into_owned());
+        plugins.push(shown);
+    }
     plugins.push(with(plugin("io.containerd.differ.v1", "walking"), &platforms, &[], &[]));
+    plugins.push(plugin("io.containerd.streaming.v1", "manager"));
+    plugins.push(with(plugin("io.containerd.transfer.v1", "local"), &platforms, &[], &[]));
     let services = [
         "containers",
         "content",
@@ -87,11 +101,14 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         "images",
         "introspection",
         "leases",
+        "mounts",
         "namespaces",
         "sandbox-controllers",
         "sandboxes",
         "snapshots",
+        "streaming",
         "tasks",
+        "transfer",
         "version",
     ];
     plugins.extend(services.map(|service| plugin("io.containerd.grpc.v1", service)));

@@ -26,14 +26,18 @@ use super::health::Health;
 use super::images::Images;
 use super::introspection::Introspection;
 use super::leases::Leases;
+use super::mounts::MountService;
 use super::namespaces::Namespaces;
 use super::sandbox_controller::SandboxController;
 use super::sandboxes::Sandboxes;
 use super::snapshots::SnapshotService;
+use super::streaming::Streams;
 use super::tasks::TaskService;
+use super::transfer::TransferService;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::gate::{Gate, Pass};
+use crate::layers::Cancel;
 
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
@@ -55,6 +59,9 @@ pub(crate) struct Services {
     pub(crate) leases: Arc<Leases>,
     pub(crate) snapshots: Arc<SnapshotService>,
     pub(crate) diff: Arc<DiffService>,
+    pub(crate) streams: Arc<Streams>,
+    pub(crate) transfer: Arc<TransferService>,
+    pub(crate) mounts: Arc<MountService>,
     pub(crate) introspection: Arc<Introspection>,
     pub(crate) version: Arc<Version>,
     pub(crate) health: Arc<Health>,
@@ -174,9 +181,18 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             _ => unknown(path),
         },
         "containerd.services.diff.v1.Diff" => match method {
-            // they end with their client; repeated after an upgrade, they give the same
-            "Apply" => incoming.park(&s.diff, DiffService::apply).await,
+            // they end with their client. A client repeats a refused call once, and a long one may outlast two upgrades: files are all that it needs
+            "Apply" => incoming.outlast(&s.diff, DiffService::apply).await,
+            // repeated after an upgrade, it gives the same
             "Diff" => incoming.park(&s.diff, DiffService::diff).await,
+            _ => unknown(path),
+        },
+        "containerd.services.mounts.v1.Mounts" => match method {
+            "Activate" => incoming.carry(&s.mounts, MountService::activate).await,
+            "Deactivate" => incoming.carry(&s.mounts, MountService::deactivate).await,
+            "Info" => incoming.look(&s.mounts, MountService::info).await,
+            "Update" => incoming.change(&s.mounts, MountService::update).await,
+            "List" => incoming.stream(&s.mounts, MountService::list).await,
             _ => unknown(path),
         },
         "containerd.services.content.v1.Content" => match method {
@@ -197,6 +213,15 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Create" => incoming.change(&s.images, Images::create).await,
             "Update" => incoming.change(&s.images, Images::update).await,
             "Delete" => incoming.carry(&s.images, Images::delete).await,
+            _ => unknown(path),
+        },
+        "containerd.services.streaming.v1.Streaming" => match method {
+            "Stream" => incoming.duplex(&s.streams, Streams::stream).await,
+            _ => unknown(path),
+        },
+        "containerd.services.transfer.v1.Transfer" => match method {
+            // it ends with its client, and with this process
+            "Transfer" => incoming.look(&s.transfer, TransferService::transfer).await,
             _ => unknown(path),
         },
         "containerd.services.introspection.v1.Introspection" => match method {
@@ -261,6 +286,19 @@ impl Incoming {
         }
     }
 
+    /// The same for one that goes on when another process has taken over: it changes nothing of the store.
+    async fn outlast<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        let _open = self.gate.stream();
+        self.look(service, handler).await
+    }
+
     /// A call that is one step: it changes the store, and waits for nothing else.
     async fn change<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
     where
@@ -287,7 +325,7 @@ impl Incoming {
 
     /// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it
     /// ends.
-    async fn run_to_end<S, Q, A, H, F>(self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
+    async fn run_to_end<S, Q, A, H, F>(mut self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
     where
         S: Send + Sync + 'static,
         Q: Message + Default + 'static,
@@ -295,6 +333,10 @@ impl Incoming {
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
     {
+        let gone = Cancel::default();
+        // this future ends with the client
+        let _client = gone.guard();
+        self.request.extensions_mut().insert(gone);
         let is_refused = Arc::new(AtomicBool::new(false));
         let (gate, refuse) = (self.gate, Arc::clone(&is_refused));
         let finish = move |call: F| {

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use super::authority::Mended;
 use super::body::{Budget, Metered, Unfinished};
-use super::call::Peer;
+use super::call::{Client, Peer};
 use super::route::{Services, counted};
 use crate::error::chain;
 use crate::settings::Limits;
@@ -82,6 +82,8 @@ async fn connection(socket: UnixStream, services: Arc<Services>, budget: Budget,
     let begun = Arc::new(Notify::new());
     let first = Arc::clone(&begun);
     let unfinished = Unfinished::default();
+    let (_alive, client) = watch::channel(());
+    let client = Client(client);
     let peer = Peer(socket.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or_default());
     let service = service_fn(move |request: http::Request<Incoming>| {
         first.notify_one();
@@ -89,6 +91,7 @@ async fn connection(socket: UnixStream, services: Arc<Services>, budget: Budget,
         let share = request.body().share();
         request.extensions_mut().insert(share);
         request.extensions_mut().insert(peer);
+        request.extensions_mut().insert(client.clone());
         counted(Arc::clone(&services), leaving.clone(), request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())
@@ -134,11 +137,12 @@ async fn end(course: &mut watch::Receiver<Course>) -> Course {
 const MAX_STREAMS: u32 = 16384;
 /// The longest headers of a call.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
-/// What a client may send of a request before it is read.
-const UNREAD_BYTES: u32 = 64 << 10;
-/// The same of all requests of a connection. h2 ends a connection with more small frames unread than it allows for: half of this, less 256 bytes
-/// for each. As all calls may begin at once, there is room for one frame of each.
-const MAX_UNREAD_BYTES: u32 = 2 * 256 * MAX_STREAMS;
+/// What a client may send of a request before it is read: content is written in messages of a MiB.
+const UNREAD_BYTES: u32 = 1 << 20;
+/// The same of all requests of a connection: as much as of incomplete ones. h2 ends a connection with more small frames unread than it allows
+/// for: half of this, less 256 bytes for each. As all calls may begin at once, there is room for more than one frame of each.
+const MAX_UNREAD_BYTES: u32 = 32 << 20;
+const _: () = assert!(MAX_UNREAD_BYTES >= 2 * 256 * MAX_STREAMS);
 /// Calls in flight may take that long to end when this process does.
 pub(crate) const LAST_CALLS: Duration = Duration::from_secs(15);
 /// The same for streams that go on through this process when another serves: a client that writes or reads content would not begin again.

@@ -19,9 +19,10 @@ use super::search::{Filters, Search};
 use crate::error::{Error, Result};
 use crate::events::Exchange;
 use crate::filter::{Fields, label, text};
+use crate::images::ahead::Ahead;
 use crate::name;
 use crate::name::Namespace;
-use crate::snapshots::{Change, Commit, New, Snapshots, Snapshotter};
+use crate::snapshots::{Change, Commit, New, Snapshots};
 use crate::store::Store;
 use crate::store::snapshots::{Place, page};
 
@@ -65,12 +66,8 @@ pub(crate) struct SnapshotService {
     pub(crate) store: Store,
     pub(crate) events: Arc<Exchange>,
     pub(crate) filters: Filters,
-}
-
-fn place(call: &Call, snapshotter: &str) -> Result<(Namespace, Place)> {
-    let namespace = call.namespace()?;
-    let place = Place { namespace: namespace.to_string(), snapshotter: Snapshotter::parse(snapshotter)?.name().to_owned() };
-    Ok((namespace, place))
+    /// May be about to record what a client asks for.
+    pub(crate) ahead: Ahead,
 }
 
 /// Keys are no identifiers: clients put times and digests into them.
@@ -85,28 +82,38 @@ fn key(what: &str, key: &str) -> Result<()> {
 }
 
 impl SnapshotService {
+    fn place(&self, call: &Call, snapshotter: &str) -> Result<(Namespace, Place)> {
+        let namespace = call.namespace()?;
+        self.snapshots.check_name(snapshotter)?;
+        let place = Place { namespace: namespace.to_string(), snapshotter: snapshotter.to_owned() };
+        Ok((namespace, place))
+    }
+
     pub(super) async fn prepare(self: Arc<Self>, call: Call, request: PrepareSnapshotRequest) -> Result<PrepareSnapshotResponse> {
-        let (namespace, place) = place(&call, &request.snapshotter)?;
+        let (namespace, place) = self.place(&call, &request.snapshotter)?;
         let new = new(&call, request.key, request.parent, Kind::Active, request.labels)?;
+        if let Some(target) = new.target() {
+            self.ahead.settle(&place, target, call.lease().as_deref(), call.connection()).await;
+        }
         let event = SnapshotPrepare { key: new.key.clone(), parent: new.parent.clone(), snapshotter: place.snapshotter.clone() };
-        let mounts = self.snapshots.prepare(&place, new).await?;
+        let mounts = self.snapshots.prepare_unless(&place, new, call.gone()).await?;
         self.events.publish(&namespace, "/snapshot/prepare", &event);
         Ok(PrepareSnapshotResponse { mounts })
     }
 
     pub(super) async fn view(self: Arc<Self>, call: Call, request: ViewSnapshotRequest) -> Result<ViewSnapshotResponse> {
-        let (_, place) = place(&call, &request.snapshotter)?;
+        let (_, place) = self.place(&call, &request.snapshotter)?;
         let new = new(&call, request.key, request.parent, Kind::View, request.labels)?;
         Ok(ViewSnapshotResponse { mounts: self.snapshots.prepare(&place, new).await? })
     }
 
     pub(super) async fn mounts(self: Arc<Self>, call: Call, request: MountsRequest) -> Result<MountsResponse> {
-        let (_, place) = place(&call, &request.snapshotter)?;
+        let (_, place) = self.place(&call, &request.snapshotter)?;
         Ok(MountsResponse { mounts: self.snapshots.mounts(&place, &request.key).await? })
     }
 
     pub(super) async fn commit(self: Arc<Self>, call: Call, request: CommitSnapshotRequest) -> Result<()> {
-        let (namespace, place) = place(&call, &request.snapshotter)?;
+        let (namespace, place) = self.place(&call, &request.snapshotter)?;
         key("name", &request.name)?;
         let labels = mask::without_empty(request.labels);
         name::labels(&labels)?;
@@ -118,7 +125,7 @@ impl SnapshotService {
     }
 
     pub(super) async fn remove(self: Arc<Self>, call: Call, request: RemoveSnapshotRequest) -> Result<()> {
-        let (namespace, place) = place(&call, &request.snapshotter)?;
+        let (namespace, place) = self.place(&call, &request.snapshotter)?;
         self.snapshots.remove(&place, &request.key, call.lease()).await?;
         let event = SnapshotRemove { key: request.key, snapshotter: place.snapshotter };
         self.events.publish(&namespace, "/snapshot/remove", &event);
@@ -126,12 +133,19 @@ impl SnapshotService {
     }
 
     pub(super) async fn stat(self: Arc<Self>, call: Call, request: StatSnapshotRequest) -> Result<StatSnapshotResponse> {
-        let (_, place) = place(&call, &request.snapshotter)?;
-        Ok(StatSnapshotResponse { info: Some(self.snapshots.stat(&place, &request.key).await?) })
+        let (_, place) = self.place(&call, &request.snapshotter)?;
+        let found = match self.snapshots.stat(&place, &request.key).await {
+            Err(Error::NotFound(_)) => {
+                self.ahead.settle(&place, &request.key, call.lease().as_deref(), call.connection()).await;
+                self.snapshots.stat(&place, &request.key).await
+            }
+            found => found,
+        };
+        Ok(StatSnapshotResponse { info: Some(found?) })
     }
 
     pub(super) async fn update(self: Arc<Self>, call: Call, request: UpdateSnapshotRequest) -> Result<UpdateSnapshotResponse> {
-        let (_, place) = place(&call, &request.snapshotter)?;
+        let (_, place) = self.place(&call, &request.snapshotter)?;
         let new = request.info.ok_or_else(|| Error::Invalid("snapshot info must be set".to_owned()))?;
         let change = change(&new, mask::paths(request.update_mask))?;
         Ok(UpdateSnapshotResponse { info: Some(self.snapshots.relabel(&place, &new.name, change).await?) })
@@ -142,7 +156,7 @@ impl SnapshotService {
         call: Call,
         request: ListSnapshotsRequest,
     ) -> Result<impl Stream<Item = Result<ListSnapshotsResponse, Status>>> {
-        let (namespace, place) = place(&call, &request.snapshotter)?;
+        let (namespace, place) = self.place(&call, &request.snapshotter)?;
         let page = move |db: &crate::store::Meta<'_>, _namespace: &str, after: &str, wanted: Option<&[crate::store::Wanted]>, bytes| {
             page(db, &place, after, wanted, bytes)
         };
@@ -151,14 +165,14 @@ impl SnapshotService {
     }
 
     pub(super) async fn usage(self: Arc<Self>, call: Call, request: UsageRequest) -> Result<UsageResponse> {
-        let (_, place) = place(&call, &request.snapshotter)?;
+        let (_, place) = self.place(&call, &request.snapshotter)?;
         let usage = self.snapshots.usage(&place, &request.key).await?;
         Ok(UsageResponse { size: usage.bytes, inodes: usage.inodes })
     }
 
     pub(super) async fn cleanup(self: Arc<Self>, call: Call, request: CleanupRequest) -> Result<()> {
         call.namespace()?;
-        self.snapshots.cleanup(Snapshotter::parse(&request.snapshotter)?).await
+        self.snapshots.cleanup_of(&request.snapshotter).await
     }
 }
 

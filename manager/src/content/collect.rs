@@ -1,6 +1,8 @@
 //! What of content no row needs: files, and ingests that their writers have left.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use containerd_client::services::v1::Status;
@@ -24,10 +26,11 @@ pub(crate) enum Scan {
 impl Content {
     /// Removes files that no row needs, and ingests that nothing holds.
     pub(crate) async fn collect(&self, scan: Scan) -> Result<()> {
-        self.collect_ingests(scan).await?;
+        self.collect_ingests().await?;
         if scan == Scan::All {
             let files = Arc::clone(&self.files);
-            let all = self.pool.run(move || files.remove_taken().and_then(|()| files.all())).await??;
+            let (taken, all) = self.pool.run(move || Ok::<_, crate::error::Error>((files.taken()?, files.all()?))).await??;
+            self.remove_all(taken).await?;
             self.dereferenced(all);
         }
         loop {
@@ -72,44 +75,81 @@ impl Content {
             lock(&self.unreferenced).retain(|digest| !batch.contains(digest) || pinned.contains_key(digest));
         }
         drop(publishing);
-        let remove_all = move || {
-            for path in taken {
-                // one that cannot be removed does not keep the others; all are looked at again when this process starts
-                if let Err(error) = path.and_then(|path| path.map_or(Ok(()), |path| remove(&path))) {
-                    warn!(error = error.chain(); "cannot remove a blob");
-                }
+        let mut paths = Vec::new();
+        for path in taken {
+            match path {
+                Ok(path) => paths.extend(path),
+                Err(error) => self.leave(&error),
             }
-        };
-        self.pool.run(remove_all).await
+        }
+        self.remove_all(paths).await
     }
 
-    async fn collect_ingests(&self, scan: Scan) -> Result<()> {
-        let files = Arc::clone(&self.files);
-        let ingests = self.pool.run(move || files.statuses()).await??;
-        if scan == Scan::All {
-            let files = Arc::clone(&self.files);
-            let remove_broken = move || {
-                let broken = files.broken()?;
-                broken.iter().filter(|path| age_of(path).is_none_or(|age| age > BROKEN)).try_for_each(|path| remove(path))
-            };
-            self.pool.run(remove_broken).await??;
-        }
-        if ingests.is_empty() {
-            return Ok(());
-        }
-        let now = timestamp::to_nanos(&timestamp::now());
-        let abandoned = self.store.read(move |db| abandoned(db, ingests, now)).await?;
-        for name in abandoned {
-            // one with a writer is not abandoned
-            let Some(_held) = self.references.try_take(&name) else { continue };
-            let _pass = self.gate.enter().await?;
-            let files = Arc::clone(&self.files);
-            if let Err(error) = self.pool.run(move || files.abort(&name)).await? {
-                warn!(error = error.chain(); "cannot remove an ingest");
+    /// Removes files. One that cannot be removed does not keep the others.
+    async fn remove_all(&self, paths: Vec<PathBuf>) -> Result<()> {
+        let removed = self.pool.run(move || paths.iter().map(|path| blocking_remove(path)).collect::<Vec<_>>()).await?;
+        for removed in removed {
+            match removed {
+                Ok(bytes) => drop(self.freed.fetch_add(bytes, Ordering::Relaxed)),
+                Err(error) => self.leave(&error),
             }
         }
         Ok(())
     }
+
+    /// Notes that something is left that a later collection has to look for.
+    fn leave(&self, error: &crate::error::Error) {
+        warn!(error = error.chain(); "cannot remove a file of content; a later collection tries again");
+        self.has_left.store(true, Ordering::Relaxed);
+    }
+
+    /// Bytes of the blobs that were removed since this process began.
+    pub(crate) fn freed(&self) -> u64 {
+        self.freed.load(Ordering::Relaxed)
+    }
+
+    /// Whether something could not be removed since this was asked last.
+    pub(crate) fn take_left(&self) -> bool {
+        self.has_left.swap(false, Ordering::Relaxed)
+    }
+
+    async fn collect_ingests(&self) -> Result<()> {
+        let files = Arc::clone(&self.files);
+        let ingests = self.pool.run(move || files.statuses()).await??;
+        // not at a start alone: what a power failure has left may be too young then
+        let files = Arc::clone(&self.files);
+        let mut broken = self.pool.run(move || files.broken()).await??;
+        broken.retain(|path| age_of(path).is_none_or(|age| age > BROKEN));
+        self.remove_all(broken).await?;
+        if ingests.is_empty() {
+            return Ok(());
+        }
+        let now = timestamp::to_nanos(&timestamp::now());
+        let names = self.store.read(move |db| abandoned(db, ingests, now)).await?;
+        for name in names {
+            // one with a writer is not abandoned
+            let Some(_held) = self.references.try_take(&name) else { continue };
+            let _pass = self.gate.enter().await?;
+            // it may have been written, or leased, since it was listed; from now on it is not
+            let (files, of) = (Arc::clone(&self.files), name.clone());
+            let Some(status) = self.pool.run(move || files.status_with_lease(&of)).await?? else { continue };
+            let now = timestamp::to_nanos(&timestamp::now());
+            if self.store.read(move |db| abandoned(db, vec![status], now)).await?.is_empty() {
+                continue;
+            }
+            let files = Arc::clone(&self.files);
+            if let Err(error) = self.pool.run(move || files.abort(&name)).await? {
+                self.leave(&error);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes a file or folder, and returns the bytes of a file.
+fn blocking_remove(path: &Path) -> Result<u64> {
+    let bytes = path.symlink_metadata().ok().filter(std::fs::Metadata::is_file).map_or(0, |about| about.len());
+    remove(path).map(|()| bytes)
 }
 
 /// Names of ingests that no lease holds: their lease is gone, or they have none and were not written for a day.

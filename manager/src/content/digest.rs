@@ -41,6 +41,25 @@ impl Digest {
         Self(format!("{}:{}", Algorithm::Sha256.name(), hex(hash)))
     }
 
+    /// The one of these bytes.
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
+        let mut hasher = Hasher::new(Algorithm::default());
+        hasher.update(bytes);
+        hasher.digest()
+    }
+
+    /// Whether it is the digest of these bytes.
+    pub(crate) fn is_of(&self, bytes: &[u8]) -> bool {
+        let mut hasher = Hasher::new(self.algorithm());
+        hasher.update(bytes);
+        hasher.digest() == *self
+    }
+
+    /// The one of a text.
+    pub(crate) fn of_text(text: &str) -> Self {
+        Self::of_bytes(text.as_bytes())
+    }
+
     /// As text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
@@ -131,13 +150,6 @@ impl Hasher {
         };
         Digest(format!("{}:{hex}", self.algorithm().name()))
     }
-}
-
-/// The digest of a text.
-pub(crate) fn of_text(text: &str) -> Digest {
-    let mut hasher = Hasher::new(Algorithm::Sha256);
-    hasher.update(text.as_bytes());
-    hasher.digest()
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use containerd_client::services::v1::Status;
 use prost_types::Timestamp;
 
-use super::digest::{Algorithm, Digest, Hasher, of_text};
+use super::digest::{Algorithm, Digest, Hasher};
 use crate::error::{Error, IoContext as _, Result};
 use crate::sys::writeback;
 
@@ -66,7 +66,7 @@ impl Files {
     }
 
     fn ingest(&self, name: &str) -> PathBuf {
-        self.folder.join("ingest").join(of_text(name).hex())
+        self.folder.join("ingest").join(Digest::of_text(name).hex())
     }
 
     /// The size of a blob, if it is there.
@@ -102,13 +102,33 @@ impl Files {
         self.folder.join("removed").join(format!("{}-{number}", std::process::id()))
     }
 
-    /// Removes what was taken away, also by a process that was killed.
-    pub(super) fn remove_taken(&self) -> Result<()> {
+    /// What was taken away, also by a process that was killed.
+    pub(super) fn taken(&self) -> Result<Vec<PathBuf>> {
         let folder = self.folder.join("removed");
-        for entry in fs::read_dir(&folder).on("list", &folder)? {
-            remove(&entry.on("list", &folder)?.path())?;
+        let entries = fs::read_dir(&folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
+        entries.on("list", &folder)
+    }
+
+    /// Reads a blob, and returns whether its bytes are those of its digest; none if it is not there, or it is to stop.
+    pub(super) fn verify(&self, digest: &Digest, stops: &dyn Fn() -> bool) -> Result<Option<bool>> {
+        let path = self.blob(digest);
+        let data = match OpenOptions::new().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            data => data.on("open", &path)?,
+        };
+        let (mut hasher, mut buffer, mut offset) = (Hasher::new(digest.algorithm()), vec![0; BUFFER_BYTES], 0);
+        loop {
+            if stops() {
+                return Ok(None);
+            }
+            match data.read_at(&mut buffer, offset).on("read", &path)? {
+                0 => return Ok(Some(hasher.digest() == *digest)),
+                count => {
+                    hasher.update(&buffer[..count]);
+                    offset += count as u64;
+                }
+            }
         }
-        Ok(())
     }
 
     /// Begins an ingest, or resumes one: the bytes that it already has are read and hashed.
@@ -155,6 +175,13 @@ impl Files {
     /// What is known of an ingest, if it is there.
     pub(super) fn status(&self, name: &str) -> Result<Option<Status>> {
         self.status_in(&self.ingest(name))
+    }
+
+    /// The same with the lease under which it was begun.
+    pub(super) fn status_with_lease(&self, name: &str) -> Result<Option<(Status, Option<String>)>> {
+        let folder = self.ingest(name);
+        let Some(status) = self.status_in(&folder)? else { return Ok(None) };
+        Ok(Some((status, read(&folder.join("lease"))?)))
     }
 
     /// All ingests, with the leases under which they were begun.
@@ -214,22 +241,31 @@ impl Files {
         Ok(is_there)
     }
 
-    /// Makes a blob of an ingest that is on the disk; nothing is left of the ingest. The blob may be there already.
-    pub(super) fn publish(&self, ingest: Ingest, digest: &Digest) -> Result<()> {
+    /// Makes a blob of an ingest that is on the disk; nothing is left of the ingest. The blob may be there already. False if the ingest was
+    /// removed meanwhile.
+    pub(super) fn publish(&self, ingest: Ingest, digest: &Digest) -> Result<bool> {
         let (target, data) = (self.blob(digest), ingest.folder.join("data"));
         // one of another length was damaged
         if self.size(digest) != Some(ingest.offset) {
             ingest.data.set_permissions(Permissions::from_mode(0o444)).on("set mode of", &data)?;
-            fs::rename(&data, &target).on("name", &target)?;
+            match fs::rename(&data, &target) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && data.symlink_metadata().is_err() => return Ok(false),
+                renamed => renamed.on("name", &target)?,
+            }
         }
         // also for a name that exists: the process that made it may have been killed before it synced the folder
         let folder = self.blobs(digest.algorithm());
         File::open(&folder).and_then(|folder| folder.sync_all()).on("write", &folder)?;
-        remove(&ingest.folder)
+        remove(&ingest.folder).map(|()| true)
     }
 }
 
 impl Ingest {
+    /// Its bytes, to read them while more are written.
+    pub(super) fn reader(&self) -> Result<File> {
+        self.data.try_clone().on("open", &self.folder.join("data"))
+    }
+
     /// Appends bytes.
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         let path = self.folder.join("data");

@@ -11,24 +11,29 @@
 //! **Invariants:** a row's file is whole and on the disk: it is named before the row is written, and removed after the last one. One writer
 //! has a reference at a time. Files are touched by threads of a pool only.
 
+mod arrival;
 mod collect;
 mod digest;
 mod files;
 mod reference;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_client::services::v1::{Info, Status};
 
+pub(crate) use arrival::Bytes;
 pub(crate) use collect::Scan;
-pub(crate) use digest::Digest;
+pub(crate) use digest::{Algorithm, Digest, Hasher};
+pub(crate) use verify::Verified;
 pub(crate) use writer::{Opening, Writer, hold};
 
 use crate::error::{Error, IoContext as _, Object, Result};
@@ -37,6 +42,7 @@ use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::settings::Sharing;
 use crate::store::{Meta, Resource, Store, blobs, resources};
+use arrival::Arrivals;
 use files::Files;
 use reference::References;
 
@@ -49,10 +55,15 @@ pub(crate) struct Content {
     gate: Gate,
     sharing: Sharing,
     references: References,
+    arrivals: Arrivals,
     /// Blobs that writers are about to give another namespace, and how many do so.
     pinned: Mutex<HashMap<Digest, usize>>,
     /// Files that may have no row.
     unreferenced: Mutex<BTreeSet<Digest>>,
+    /// Bytes of removed blobs.
+    freed: AtomicU64,
+    /// Whether something could not be removed.
+    has_left: AtomicBool,
     /// Held for reading from the naming of a blob until its row is written.
     publishing: tokio::sync::RwLock<()>,
 }
@@ -94,8 +105,11 @@ impl Content {
             gate,
             sharing,
             references: References::default(),
+            arrivals: Arrivals::default(),
             pinned: Mutex::default(),
             unreferenced: Mutex::default(),
+            freed: AtomicU64::new(0),
+            has_left: AtomicBool::new(false),
             publishing: tokio::sync::RwLock::default(),
         })
     }

@@ -55,6 +55,12 @@ impl References {
         }
     }
 
+    /// Whether it has a writer.
+    #[cfg(test)]
+    pub(super) fn is_taken(&self, name: &str) -> bool {
+        lock(&self.inner.held).contains_key(name)
+    }
+
     /// The same at once.
     pub(super) fn try_take(&self, name: &str) -> Option<Held> {
         let mut held = lock(&self.inner.held);

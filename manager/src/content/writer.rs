@@ -14,6 +14,7 @@ use hyper::body::Bytes;
 use log::warn;
 use prost_types::Timestamp;
 
+use super::arrival::Arriving;
 use super::digest::{Algorithm, Digest};
 use super::files::Ingest;
 use super::reference::Held;
@@ -43,6 +44,8 @@ pub(crate) struct Writer {
     opening: Opening,
     name: String,
     state: State,
+    /// For those who read it at the same time.
+    arriving: Option<Arriving>,
     _held: Held,
 }
 
@@ -152,7 +155,9 @@ impl Content {
             }
             _ => self.begin(&opening, &name).await?,
         };
-        Ok(Writer { content: Arc::clone(self), opening, name, state, _held: held })
+        let mut writer = Writer { content: Arc::clone(self), opening, name, state, arriving: None, _held: held };
+        writer.announce()?;
+        Ok(writer)
     }
 
     async fn begin(&self, opening: &Opening, name: &str) -> Result<State> {
@@ -216,19 +221,34 @@ impl Writer {
         }
     }
 
+    /// Lets others read what is written from now on, if its digest is known.
+    fn announce(&mut self) -> Result<()> {
+        let (State::Writing(ingest), Some(digest)) = (&self.state, &self.opening.expected) else { return Ok(()) };
+        let arriving = Arriving::begin(&self.content, &self.opening.namespace, digest, ingest.reader()?, ingest.offset);
+        self.arriving = Some(arriving);
+        Ok(())
+    }
+
     /// Appends bytes.
     pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
         self.unshare(true).await?;
-        self.with_ingest(move |ingest| ingest.append(&bytes)).await
+        self.with_ingest(move |ingest| ingest.append(&bytes)).await?;
+        if let (Some(arriving), State::Writing(ingest)) = (&self.arriving, &self.state) {
+            arriving.advance(ingest.offset);
+        }
+        Ok(())
     }
 
     /// Drops everything that has been written.
     pub(crate) async fn truncate(&mut self) -> Result<()> {
         self.unshare(false).await?;
-        self.with_ingest(|ingest| ingest.truncate()).await
+        // who has read what is dropped now must not go on with what follows
+        self.arriving = None;
+        self.with_ingest(|ingest| ingest.truncate()).await?;
+        self.announce()
     }
 
     async fn with_ingest(&mut self, job: impl FnOnce(&mut Ingest) -> Result<()> + Send + 'static) -> Result<()> {
@@ -259,7 +279,7 @@ impl Writer {
             Ok::<_, Error>(ingest)
         };
         self.state = State::Writing(self.content.pool.run(copy).await??);
-        Ok(())
+        self.announce()
     }
 
     /// Makes content of it, and returns its digest.
@@ -339,8 +359,17 @@ impl Writer {
         // until there is a row it has none
         self.content.dereferenced([digest.clone()]);
         let (files, to) = (Arc::clone(&self.content.files), digest.clone());
-        self.content.pool.run(move || files.publish(*ingest, &to)).await??;
-        self.record(&digest, has, labels).await?;
+        if !self.content.pool.run(move || files.publish(*ingest, &to)).await?? {
+            // a client has aborted it
+            return Err(Error::NotFound(Object::Ingest(self.opening.reference.clone())));
+        }
+        let recorded = self.record(&digest, has, labels).await;
+        if let Some(arriving) = self.arriving.take()
+            && matches!(recorded, Ok(()) | Err(Error::AlreadyExists(_)))
+        {
+            arriving.whole(&digest);
+        }
+        recorded?;
         Ok(digest)
     }
 
@@ -359,7 +388,9 @@ impl Writer {
             hold(db, place.as_str(), lease.as_deref(), CONTENT, id.as_str())?;
             Ok(is_there)
         };
-        if self.content.store.write(write).await? { Err(already_exists(digest)) } else { Ok(()) }
+        let was_there = self.content.store.write(write).await?;
+        self.content.arrivals.changed(&self.opening.namespace, digest);
+        if was_there { Err(already_exists(digest)) } else { Ok(()) }
     }
 
     async fn drop_ingest(&self) -> Result<()> {

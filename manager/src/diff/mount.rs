@@ -1,8 +1,8 @@
 //! Mounts as snapshotters describe them.
 
-use std::fs;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{fs, io};
 
 use containerd_client::types::Mount;
 use nix::mount::{MsFlags, mount};
@@ -12,6 +12,7 @@ use rustix::mount::{
 };
 
 use crate::error::{Error, IoContext as _, Result};
+use crate::snapshots::{Maps, blocking_mapped, is_map};
 
 /// What is seen of mounts without mounting them.
 #[derive(Debug)]
@@ -52,6 +53,31 @@ pub(super) fn lowers(mounts: &[Mount]) -> Vec<PathBuf> {
     option(only, "lowerdir=").map_or(Vec::new(), |lowers| lowers.split(':').map(PathBuf::from).collect())
 }
 
+/// The mounts of an id-mapped overlay that can be written to, in ids as they are inside: its upper folder has those outside, and is mounted on
+/// `point` with a map that leads back. None for other mounts.
+pub(super) fn unmapped(mounts: &[Mount], point: &Path) -> Result<Option<Vec<Mount>>> {
+    let [only] = mounts else { return Ok(None) };
+    let (Some(maps), Some(upper)) = (Maps::in_options(&only.options)?, option(only, "upperdir=")) else { return Ok(None) };
+    let (Some(folder), Some(name)) = (Path::new(upper).parent(), Path::new(upper).file_name()) else { return Ok(None) };
+    blocking_mapped(folder, point, maps.blocking_inverse()?.as_fd())?;
+    let work = option(only, "workdir=").and_then(|work| Path::new(work).file_name().filter(|_| Path::new(work).parent() == Some(folder)));
+    let mut only = only.clone();
+    for option in &mut only.options {
+        if option.starts_with("upperdir=") {
+            *option = format!("upperdir={}", point.join(name).display());
+        } else if let Some(work) = work.filter(|_| option.starts_with("workdir=")) {
+            *option = format!("workdir={}", point.join(work).display());
+        }
+    }
+    only.options.retain(|option| !is_map(option));
+    Ok(Some(vec![only]))
+}
+
+/// Whether mounts are those of an id-mapped overlay that can be written to.
+pub(super) fn is_mapped(mounts: &[Mount]) -> bool {
+    matches!(mounts, [only] if only.options.iter().any(|option| is_map(option)) && option(only, "upperdir=").is_some())
+}
+
 /// Whether an upper folder may name files of lower ones by other names.
 pub(super) fn may_redirect(mounts: &[Mount]) -> bool {
     let is_on = |name: &str| fs::read_to_string(format!("/sys/module/overlay/parameters/{name}")).is_ok_and(|value| value.starts_with('Y'));
@@ -63,31 +89,16 @@ fn option<'m>(mount: &'m Mount, name: &str) -> Option<&'m str> {
     mount.options.iter().find_map(|option| option.strip_prefix(name))
 }
 
-/// Folders to mount on, removed when this is dropped.
-#[derive(Debug)]
-pub(super) struct Points<const N: usize> {
-    pub(super) paths: [PathBuf; N],
-}
-
-impl<const N: usize> Points<N> {
-    pub(super) fn new(state: &Path) -> Result<Self> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let name = |_index| state.join(format!("mount-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
-        let points = Self { paths: std::array::from_fn(name) };
-        for path in &points.paths {
-            fs::create_dir(path).on("make mount point", path)?;
-        }
-        Ok(points)
-    }
-}
-
-impl<const N: usize> Drop for Points<N> {
-    fn drop(&mut self) {
-        for path in &self.paths {
-            // empty: what is mounted there is mounted in another mount namespace, and gone
-            let _ = fs::remove_dir(path);
+/// Folders to mount on. They are the same for all: each mounts where no other sees it, and nothing is left when a process is killed.
+pub(super) fn points<const N: usize>(state: &Path) -> Result<[PathBuf; N]> {
+    let points = std::array::from_fn(|index| state.join(format!("{POINT}{index}")));
+    for point in &points {
+        match fs::create_dir(point) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.on("make mount point", point)?,
         }
     }
+    Ok(points)
 }
 
 /// Mounts all of them, one over the other, in this thread's mount namespace.
@@ -98,7 +109,8 @@ pub(super) fn all(mounts: &[Mount], point: &Path) -> Result<()> {
     mounts.iter().try_for_each(|mount| one(mount, point))
 }
 
-fn one(asked: &Mount, point: &Path) -> Result<()> {
+/// Mounts one, in this thread's mount namespace.
+pub(crate) fn one(asked: &Mount, point: &Path) -> Result<()> {
     let at = match asked.target.trim_start_matches('/') {
         "" => point.to_owned(),
         target => point.join(target),
@@ -108,6 +120,8 @@ fn one(asked: &Mount, point: &Path) -> Result<()> {
         match FLAGS.iter().find(|(name, ..)| name == option) {
             Some((_, set, true)) => flags |= *set,
             Some((_, cleared, false)) => flags &= !*cleared,
+            // layers have ids as they are inside, and so have these files
+            None if is_map(option) => {}
             None => data.push(option.as_str()),
         }
     }
@@ -170,5 +184,7 @@ const FLAGS: &[(&str, MsFlags, bool)] = &[
     ("strictatime", MsFlags::MS_STRICTATIME, true),
     ("defaults", MsFlags::empty(), true),
 ];
+/// In the folder of state.
+const POINT: &str = "mount-";
 /// What mount(2) takes of options.
 const PAGE_BYTES: usize = 4096;

@@ -27,6 +27,15 @@ fn place(snapshotter: &str) -> Place {
 }
 
 impl Fixture {
+    /// Nothing is left of mounts but the folders on which all are made.
+    fn has_its_points_alone(&self) {
+        for entry in fs::read_dir(&self.differ.state).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            assert!(["mount-0", "mount-1", "mount-2"].iter().any(|name| path.ends_with(name)), "{}", path.display());
+            assert_eq!(fs::read_dir(&path).expect("a folder").count(), 0, "{}", path.display());
+        }
+    }
+
     fn new(name: &str) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("skipped: snapshots need root");
@@ -98,7 +107,7 @@ async fn layers_go_through_every_snapshotter_and_come_out_again() {
             let (nothing, _) = f.differ.create(&namespace(), mounts.clone(), to, new(Compression::Plain)).await.expect("compared");
             assert_eq!(f.differ.content.info(&namespace(), &nothing).await.expect("it is there").size, 1024, "an archive without entries");
         }
-        assert_eq!(fs::read_dir(&f.differ.state).expect("a folder").count(), 0, "mount points are removed");
+        f.has_its_points_alone();
     }
 }
 
@@ -118,7 +127,7 @@ async fn what_cannot_be_applied_is_refused() {
     assert_eq!(code(&blob, Vec::new()).await, tonic::Code::InvalidArgument);
     let nowhere = Mount { r#type: "overlay".to_owned(), options: vec!["lowerdir=/none:/nowhere".to_owned()], ..Mount::default() };
     f.differ.apply(&namespace(), &blob, vec![nowhere], false).await.expect_err("there is no such folder");
-    assert_eq!(fs::read_dir(&f.differ.state).expect("a folder").count(), 0);
+    f.has_its_points_alone();
 }
 
 #[tokio::test]
@@ -178,4 +187,73 @@ async fn a_call_that_is_given_up_ends_its_work() {
     drop(call);
     scratch::eventually("its thread is free", || pool.busy() == 0);
     assert!(fs::metadata(file).map_or(0, |about| about.len()) < 300_000_000, "it was done to its end");
+}
+
+#[tokio::test]
+async fn layers_that_wait_for_another_in_the_same_folder_keep_no_thread() {
+    let Some(f) = Fixture::new("locked") else { return };
+    let blob = f.blob(f.shell("mkdir t && echo 1 > t/f && tar -C t -cf - .")).await;
+    let busy = f.prepare("overlayfs", "a", "", Kind::Active).await;
+    let free = f.prepare("overlayfs", "b", "", Kind::Active).await;
+    let locked = File::open(&busy[0].source).expect("a folder");
+    locked.lock().expect("a lock");
+    let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(f.differ.apply_in(busy.clone(), &blob))).collect();
+    for call in &mut waiting {
+        assert!(tokio::time::timeout(Duration::from_millis(50), call.as_mut()).await.is_err(), "it is locked");
+    }
+    // as many wait as there are threads
+    let other = f.differ.apply_in(free, &blob);
+    let waits = async {
+        for call in &mut waiting {
+            let _ = tokio::time::timeout(Duration::from_millis(1), call.as_mut()).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        applied = other => drop(applied.expect("applied")),
+        () = waits => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => panic!("it waits for a thread"),
+    }
+    drop(locked);
+    waiting.swap_remove(0).await.expect("applied");
+}
+
+impl Differ {
+    async fn apply_in(&self, mounts: Vec<Mount>, blob: &Digest) -> Result<Applied> {
+        self.apply(&namespace(), blob, mounts, false).await
+    }
+}
+
+#[tokio::test]
+async fn layers_of_an_id_mapped_snapshot_have_the_ids_that_are_seen_in_it() {
+    use std::os::unix::fs::MetadataExt as _;
+    let Some(f) = Fixture::new("mapped") else { return };
+    if let Some(why) = f.differ.snapshots.cannot_remap(crate::snapshots::Snapshotter::Overlayfs) {
+        eprintln!("skipped: {why}");
+        return;
+    }
+    let first = f.blob(f.shell("mkdir a && echo 1 > a/below && tar --owner=0 --group=0 -C a -cf - .")).await;
+    let second =
+        f.blob(f.shell("mkdir b && echo 2 > b/new && chown 7:8 b/new && touch b/.wh.below && tar --numeric-owner -C b -cf - .")).await;
+    let mounts = f.prepare("overlayfs", "a", "", Kind::Active).await;
+    f.differ.apply(&namespace(), &first, mounts, false).await.expect("applied");
+    f.commit("overlayfs", "a", "one").await;
+    let map = "0:100000:1000";
+    let labels = ["uid", "gid"].map(|kind| (format!("containerd.io/snapshot/{kind}mapping"), map.to_owned())).into();
+    let new_one = New { key: "b".to_owned(), parent: "one".to_owned(), kind: Kind::Active, labels, lease: None };
+    let mounts = f.differ.snapshots.prepare(&place("overlayfs"), new_one).await.expect("prepared");
+    let applied = f.differ.apply(&namespace(), &second, mounts.clone(), true).await.expect("applied");
+    assert_eq!(Digest::of_sha256(&applied.diff_id), second);
+    let upper = mounts[0].options.iter().find_map(|option| option.strip_prefix("upperdir=")).expect("it has one");
+    let stored = fs::symlink_metadata(PathBuf::from(upper).join("new")).expect("it is there");
+    assert_eq!((stored.uid(), stored.gid()), (100_007, 100_008), "as a container in the user namespace writes it");
+    let view = f.prepare("overlayfs", "v", "one", Kind::View).await;
+    let (digest, _) = f.differ.create(&namespace(), view, mounts, new(Compression::Plain)).await.expect("created");
+    let plain = f.prepare("overlayfs", "c", "one", Kind::Active).await;
+    f.differ.apply(&namespace(), &digest, plain.clone(), false).await.expect("applied");
+    let upper = plain[0].options.iter().find_map(|option| option.strip_prefix("upperdir=")).expect("it has one");
+    let seen = fs::symlink_metadata(PathBuf::from(upper).join("new")).expect("it is there");
+    assert_eq!((seen.uid(), seen.gid()), (7, 8));
+    assert!(fs::symlink_metadata(PathBuf::from(upper).join("below")).is_ok_and(|whiteout| whiteout.rdev() == 0), "it is deleted there too");
+    f.has_its_points_alone();
 }

@@ -27,6 +27,7 @@ use crate::content::{Content, Digest, Scan};
 use crate::error::{Error, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::mounts::Mounts;
 use crate::name::Namespace;
 use crate::settings::Collection;
 use crate::store::{Node, Store, Swept, garbage};
@@ -35,9 +36,12 @@ use crate::timestamp;
 /// What removes the files of snapshots.
 #[async_trait]
 pub(crate) trait Snapshotters: Debug + Send + Sync {
-    /// Removes folders of snapshots whose rows are gone: snapshotter and number of each; with [`Scan::All`] also those that a process has left
-    /// which was killed. It logs what it cannot remove.
-    async fn remove_files(&self, removed: Vec<(String, i64)>, scan: Scan);
+    /// Removes the files of snapshots whose rows are gone, each with its number; with [`Scan::All`] also those that a process has left which
+    /// was killed. It logs what it cannot remove.
+    async fn remove_files(&self, removed: Vec<(Node, i64)>, scan: Scan);
+
+    /// Whether something could not be removed since this was asked last.
+    fn take_left(&self) -> bool;
 }
 
 /// The collector.
@@ -46,12 +50,29 @@ pub(crate) struct Collector {
     store: Store,
     content: Arc<Content>,
     snapshotters: Arc<dyn Snapshotters>,
+    mounts: Mounts,
     events: Arc<Exchange>,
     gate: Gate,
     settings: Collection,
     /// Those that wait for a collection to begin and end.
     waiting: Mutex<Vec<oneshot::Sender<Result<()>>>>,
     wake: tokio::sync::Notify,
+    totals: Mutex<Totals>,
+}
+
+/// What collections have done since this process began.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Totals {
+    pub(crate) collections: u64,
+    /// Those that ended with an error.
+    pub(crate) failed: u64,
+    /// How long they took, without the removal of files.
+    pub(crate) took: Duration,
+    pub(crate) content: u64,
+    pub(crate) images: u64,
+    pub(crate) snapshots: u64,
+    /// Of the files of blobs, and of snapshots as they were measured when they were committed.
+    pub(crate) freed_bytes: u64,
 }
 
 impl Collector {
@@ -59,12 +80,29 @@ impl Collector {
         store: Store,
         content: Arc<Content>,
         snapshotters: Arc<dyn Snapshotters>,
+        mounts: Mounts,
         events: Arc<Exchange>,
         gate: Gate,
         settings: Collection,
     ) -> Self {
         let (waiting, wake) = (Mutex::default(), tokio::sync::Notify::new());
-        Self { store, content, snapshotters, events, gate, settings, waiting, wake }
+        Self { store, content, snapshotters, mounts, events, gate, settings, waiting, wake, totals: Mutex::default() }
+    }
+
+    /// What collections have done since this process began.
+    pub(crate) fn totals(&self) -> Totals {
+        let totals = *self.totals_mut();
+        Totals { freed_bytes: totals.freed_bytes.saturating_add(self.content.freed()), ..totals }
+    }
+
+    fn totals_mut(&self) -> std::sync::MutexGuard<'_, Totals> {
+        self.totals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether something could not be removed since this was asked last.
+    fn take_left(&self) -> bool {
+        // both
+        self.content.take_left() | self.snapshotters.take_left()
     }
 
     /// Notes that a reference was removed by a change that is no removal.
@@ -105,20 +143,26 @@ impl Collector {
             all.content.extend(swept.content);
             all.images.extend(swept.images);
             all.snapshots.extend(swept.snapshots);
+            all.bytes = all.bytes.saturating_add(swept.bytes);
         }
         let took = begin.elapsed();
         let (content, images, snapshots) = (all.content.len(), all.images.len(), all.snapshots.len());
+        {
+            let mut totals = self.totals_mut();
+            totals.collections += 1;
+            totals.took += took;
+            totals.content += content as u64;
+            totals.images += images as u64;
+            totals.snapshots += snapshots as u64;
+            totals.freed_bytes = totals.freed_bytes.saturating_add(u64::try_from(all.bytes).unwrap_or_default());
+        }
         if content + images + snapshots > 0 {
             debug!(content, images, snapshots, took:?; "garbage collected");
         }
-        let folders: Vec<_> = all
-            .snapshots
-            .into_iter()
-            .filter_map(|(node, number)| Some((node.kind.strip_prefix("snapshots/")?.to_owned(), number)))
-            .collect();
-        if !folders.is_empty() || scan == Scan::All {
-            self.snapshotters.remove_files(folders, scan).await;
+        if !all.snapshots.is_empty() || scan == Scan::All {
+            self.snapshotters.remove_files(all.snapshots, scan).await;
         }
+        self.mounts.collect().await?;
         self.content.collect(scan).await?;
         Ok(took)
     }

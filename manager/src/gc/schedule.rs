@@ -3,6 +3,7 @@
 //! ```text
 //! start ─startup_delay─▶ first ─▶ idle ─a removal, or mutation_threshold changes─▶ when the pause since the last is long enough ─▶ collection
 //!                                  ├─deletion_threshold removals, a client waits──▶ after schedule_delay ───────────────────────────▶
+//!                                  ├─a minute after something could not be removed, then two, four …─────────────────────────────────▶
 //!                                  └─an hour: ingests expire──────────────────────────────────────────────────────────────────────▶
 //! ```
 //! The pause is so long that collections take no more than `pause_threshold` of the time.
@@ -34,15 +35,22 @@ pub(crate) async fn run(collector: Arc<Collector>) {
             () = collector.wake.notified() => continue,
             () = tokio::time::sleep_until(due) => {}
         }
+        if plan.tries_again() {
+            scan = Scan::All;
+        }
         let waiting = std::mem::take(&mut *collector.waiting.lock().unwrap_or_else(PoisonError::into_inner));
         let before = *changes.borrow_and_update();
         let collected = collector.collect_now(scan).await;
         match &collected {
             Ok(_) => scan = Scan::Known,
             Err(Error::Retired) => return,
-            Err(error) => warn!(error = error.chain(); "garbage collection failed"),
+            Err(error) => {
+                collector.totals_mut().failed += 1;
+                warn!(error = error.chain(); "garbage collection failed");
+            }
         }
         plan.ended(before, collected.as_ref().ok().copied());
+        plan.left(collector.take_left());
         let reason = collected.as_ref().err().map(Error::chain);
         for done in waiting {
             // it may wait no longer
@@ -65,12 +73,24 @@ struct Plan {
     count: u32,
     /// When the first caller began to wait, or enough was removed.
     asked: Option<Instant>,
+    /// When to look for what could not be removed, and how long that was waited for.
+    again: Option<(Instant, Duration)>,
 }
 
 impl Plan {
     fn new(settings: Collection, seen: Changes) -> Self {
         let started = Instant::now();
-        Self { settings, seen, last: None, started, pause: Duration::from_secs(1), took: Duration::ZERO, count: 0, asked: None }
+        Self {
+            settings,
+            seen,
+            last: None,
+            started,
+            pause: Duration::from_secs(1),
+            took: Duration::ZERO,
+            count: 0,
+            asked: None,
+            again: None,
+        }
     }
 
     /// When to collect, as things are now.
@@ -86,7 +106,25 @@ impl Plan {
             Some(last) if is_needed => last + self.pause,
             Some(last) => last + IDLE,
         };
+        let scheduled = self.again.map_or(scheduled, |(again, _)| scheduled.min(again));
         self.asked.map_or(scheduled, |asked| scheduled.min(asked + self.settings.schedule_delay))
+    }
+
+    /// Whether it is time to look for what could not be removed.
+    fn tries_again(&self) -> bool {
+        self.again.is_some_and(|(again, _)| again <= Instant::now())
+    }
+
+    /// Notes whether something could not be removed: it is looked for again after a while, which is longer each time.
+    fn left(&mut self, something: bool) {
+        match self.again {
+            Some((again, _)) if again > Instant::now() => {}
+            before if something => {
+                let pause = before.map_or(AGAIN, |(_, pause)| (2 * pause).min(IDLE));
+                self.again = Some((Instant::now() + pause, pause));
+            }
+            _ => self.again = None,
+        }
     }
 
     fn ended(&mut self, seen: Changes, took: Option<Duration>) {
@@ -108,6 +146,8 @@ impl Plan {
     }
 }
 
+/// Until it is tried for the second time to remove something.
+const AGAIN: Duration = Duration::from_secs(60);
 /// Without changes: ingests that were left expire.
 const IDLE: Duration = Duration::from_secs(60 * 60);
 
@@ -139,5 +179,16 @@ mod tests {
         let mut plain = Plan::new(Collection { mutation_threshold: 0, ..settings }, changes(0, 0));
         plain.ended(changes(0, 0), Some(Duration::from_millis(2)));
         assert_eq!(plain.due(changes(1000, 0), false), begin + IDLE);
+        plan.left(true);
+        assert!(!plan.tries_again());
+        tokio::time::advance(AGAIN).await;
+        assert!(plan.tries_again() && plan.due(changes(9, 7), false) <= Instant::now(), "what could not be removed is tried again");
+        plan.left(true);
+        tokio::time::advance(AGAIN).await;
+        assert!(!plan.tries_again(), "twice as long");
+        tokio::time::advance(AGAIN).await;
+        assert!(plan.tries_again());
+        plan.left(false);
+        assert!(!plan.tries_again() && plan.due(changes(9, 7), false) == begin + IDLE, "all is removed");
     }
 }

@@ -73,12 +73,24 @@ impl Model {
                     }
                 }
                 for (key, value) in &object.labels {
+                    // conditions on snapshots refer to nothing
+                    let may_have_conditions = name.0 != SNAPSHOTS;
                     if let Some(kind) = kind_in(key, REF)
                         && live.contains(&(name.clone(), false))
                     {
                         more.insert(((kind, value.clone()), false));
                     }
-                    if let Some(kind) = kind_in(key, BACK)
+                    if let Some((condition, to)) = value.split_once('|')
+                        && key.starts_with(CONDITION)
+                        && may_have_conditions
+                        && live.contains(&(name.clone(), false))
+                        && self.was_used(to, condition)
+                    {
+                        more.insert(((SNAPSHOTS.to_owned(), to.to_owned()), false));
+                    }
+                    if key.starts_with(BACK_CONTAINER) {
+                        more.extend(self.containers.contains_key(value).then(|| (name.clone(), false)));
+                    } else if let Some(kind) = kind_in(key, BACK)
                         && live.contains(&((kind, value.clone()), false))
                     {
                         more.insert((name.clone(), false));
@@ -92,6 +104,12 @@ impl Model {
                 return self.objects.keys().filter(|name| !is_live(name)).cloned().collect();
             }
         }
+    }
+
+    /// Whether one of the conditions is true of a snapshot: it was used an hour ago, or never.
+    fn was_used(&self, id: &str, conditions: &str) -> bool {
+        let is_known = self.objects.get(&(SNAPSHOTS.to_owned(), id.to_owned())).is_some_and(|snapshot| snapshot.labels.contains_key(USED));
+        is_known && conditions.split(',').any(|condition| matches!(condition, "usedat<2h" | "usedat>1m"))
     }
 
     fn has_children(&self, name: &Name) -> bool {
@@ -124,6 +142,18 @@ impl Dice {
             };
             let direction = if self.below(4) == 0 { BACK } else { REF };
             labels.insert(format!("{direction}{kind}"), value);
+        }
+        for number in 0..self.below(3) {
+            let conditions = ["usedat<2h", "usedat>1m", "usedat>2h", "usedat<1m", "usedat>3h,usedat<2h", "usedat=1h,other<1h"];
+            let condition = conditions[usize::try_from(self.below(6)).expect("small")];
+            labels.insert(format!("{CONDITION}.overlayfs/{number}"), format!("{condition}|{}", self.below(COUNT)));
+        }
+        if self.below(6) == 0 {
+            labels.insert(format!("{BACK_CONTAINER}/x"), self.below(COUNT).to_string());
+        }
+        if self.below(2) == 0 {
+            let hour_ago = crate::timestamp::from_nanos(crate::timestamp::to_nanos(&crate::timestamp::now()) - 3_600_000_000_000);
+            labels.insert(USED.to_owned(), hour_ago.to_string());
         }
         if self.below(12) == 0 {
             labels.insert(ROOT.to_owned(), "x".to_owned());
@@ -302,7 +332,10 @@ const IMAGES: &str = "images";
 const SNAPSHOTS: &str = "snapshots/overlayfs";
 const REF: &str = "containerd.io/gc.ref.";
 const BACK: &str = "containerd.io/gc.bref.";
+const BACK_CONTAINER: &str = "containerd.io/gc.bref.container";
 const ROOT: &str = "containerd.io/gc.root";
+const CONDITION: &str = "containerd.io/gc.cond.snapshot";
+const USED: &str = "containerd.io/gc.cond.value-usedat";
 const EXPIRE: &str = "containerd.io/gc.expire";
 const PAST: &str = "2001-02-03T04:05:06Z";
 /// So few that they often refer to each other.

@@ -17,8 +17,48 @@ pub(crate) struct Lowers {
     last: Mutex<Option<Last>>,
 }
 
-/// A path, and the folders that are seen as one there.
-type Last = (Vec<Vec<u8>>, Arc<Vec<OwnedFd>>);
+/// A path, and what is seen there.
+type Last = (Vec<Vec<u8>>, Seen);
+
+/// Folders of several layers that are seen as one, the uppermost first.
+#[derive(Debug, Clone)]
+pub(super) struct Seen(Arc<Vec<OwnedFd>>);
+
+impl Seen {
+    /// What is seen of a name in it.
+    pub(super) fn find(&self, name: &[u8]) -> rustix::io::Result<Below> {
+        for folder in &*self.0 {
+            match tree::look(folder.as_fd(), name)? {
+                Found::Absent => {}
+                Found::Whiteout => break,
+                Found::Folder(stat) => return Ok(Below::Folder(tree::open_folder(folder.as_fd(), name)?, stat)),
+                Found::Symlink(_) => return Ok(Below::Symlink(tree::link_target(folder.as_fd(), name)?)),
+                Found::Other(stat) => return Ok(Below::Other(tree::open_folder(folder.as_fd(), b".")?, stat)),
+            }
+        }
+        Ok(Below::Absent)
+    }
+
+    /// What is seen in the folder of that name in it.
+    pub(super) fn enter(&self, name: &[u8]) -> rustix::io::Result<Self> {
+        let mut folders = Vec::new();
+        for folder in &*self.0 {
+            match tree::look(folder.as_fd(), name)? {
+                Found::Absent => {}
+                Found::Folder(_) => {
+                    let folder = tree::open_folder(folder.as_fd(), name)?;
+                    let hides_lower = tree::is_opaque(folder.as_fd());
+                    folders.push(folder);
+                    if hides_lower {
+                        break;
+                    }
+                }
+                Found::Symlink(_) | Found::Whiteout | Found::Other(_) => break,
+            }
+        }
+        Ok(Self(Arc::new(folders)))
+    }
+}
 
 /// What the lower layers have under a path.
 #[derive(Debug)]
@@ -57,47 +97,22 @@ impl Lowers {
     /// What is seen under a path, none of whose folders is a link.
     pub(super) fn find(&self, path: &[Vec<u8>]) -> rustix::io::Result<Below> {
         let Some((last, above)) = path.split_last() else { return Ok(Below::Absent) };
-        for folder in &*self.seen(above)? {
-            match tree::look(folder.as_fd(), last)? {
-                Found::Absent => {}
-                Found::Whiteout => break,
-                Found::Folder(stat) => return Ok(Below::Folder(tree::open_folder(folder.as_fd(), last)?, stat)),
-                Found::Symlink(_) => return Ok(Below::Symlink(tree::link_target(folder.as_fd(), last)?)),
-                Found::Other(stat) => return Ok(Below::Other(tree::open_folder(folder.as_fd(), b".")?, stat)),
-            }
-        }
-        Ok(Below::Absent)
+        self.seen(above)?.find(last)
     }
 
-    /// The folders that are seen as one under a path, the uppermost first. Files of one folder are looked for one after the other.
-    fn seen(&self, path: &[Vec<u8>]) -> rustix::io::Result<Arc<Vec<OwnedFd>>> {
+    /// The folders that are seen as one under a path. Files of one folder are looked for one after the other.
+    pub(super) fn seen(&self, path: &[Vec<u8>]) -> rustix::io::Result<Seen> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, folders)) = &*last
+        if let Some((of, seen)) = &*last
             && of == path
         {
-            return Ok(Arc::clone(folders));
+            return Ok(seen.clone());
         }
-        let mut folders = Vec::new();
-        'layers: for root in &self.roots {
-            let mut folder = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-            let mut hides_lower = false;
-            for name in path {
-                match tree::look(folder.as_fd(), name)? {
-                    Found::Absent if hides_lower => break 'layers,
-                    Found::Absent => continue 'layers,
-                    Found::Folder(_) => folder = tree::open_folder(folder.as_fd(), name)?,
-                    Found::Symlink(_) | Found::Whiteout | Found::Other(_) => break 'layers,
-                }
-                hides_lower |= tree::is_opaque(folder.as_fd());
-            }
-            folders.push(folder);
-            if hides_lower {
-                break;
-            }
-        }
-        let folders = Arc::new(folders);
-        *last = Some((path.to_vec(), Arc::clone(&folders)));
-        Ok(folders)
+        let open = |root: &OwnedFd| openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        let top = Seen(Arc::new(self.roots.iter().map(open).collect::<rustix::io::Result<_>>()?));
+        let seen = path.iter().try_fold(top, |seen, name| seen.enter(name))?;
+        *last = Some((path.to_vec(), seen.clone()));
+        Ok(seen)
     }
 
     /// Owner, mode, attributes of the root that is seen.

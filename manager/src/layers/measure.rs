@@ -1,15 +1,15 @@
 //! What a tree uses of its file system.
 
 use std::collections::HashSet;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, Stat, fremovexattr, fstat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::lower::{Below, Lowers};
-use super::tree::{self, Found};
-use super::{OnFile as _, Result};
+use super::tree::{self, Found, Rung};
+use super::{Cancel, OnFile as _, Result};
 
 /// What a tree uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub(crate) enum Beneath<'l> {
 
 /// A folder that is being measured.
 struct Level {
-    folder: OwnedFd,
+    folder: Rung,
     name: Vec<u8>,
     /// What is left to look at.
     names: Vec<Vec<u8>>,
@@ -41,19 +41,27 @@ struct Level {
 }
 
 /// Measures a tree. Whiteouts that hide nothing are removed from it: lists of a folder that only one layer has would show them.
-pub(crate) fn measure(path: &Path, beneath: Beneath<'_>) -> Result<Measured> {
+///
+/// Errors: ECANCELED when it is cancelled.
+pub(crate) fn measure(path: &Path, beneath: Beneath<'_>, cancel: &Cancel) -> Result<Measured> {
     let root = tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes())?;
     let mut count = Count { seen: HashSet::new(), measured: Measured::default() };
     count.add(&fstat(&root).file("look at", b"/")?);
     let names = tree::names(root.as_fd()).file("read folder", b"/")?;
+    let root = Rung::new(root).file("look at", b"/")?;
     let mut levels = vec![Level { folder: root, name: Vec::new(), names, hides_lower: false }];
     loop {
         let Some(level) = levels.last_mut() else { return Ok(count.measured) };
         let Some(name) = level.names.pop() else {
+            tree::climb(&mut levels, |level| &mut level.folder).file("leave folder", b"..")?;
             levels.pop();
             continue;
         };
-        let stat = match statat(&level.folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
+        if cancel.is_cancelled() {
+            return Err(Errno::CANCELED).file("measure", &name);
+        }
+        let folder = level.folder.fd().file("look at", &name)?;
+        let stat = match statat(folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
             // it is in use, and changes
             Err(Errno::NOENT) => continue,
             stat => stat.file("look at", &name)?,
@@ -70,14 +78,14 @@ pub(crate) fn measure(path: &Path, beneath: Beneath<'_>) -> Result<Measured> {
                 };
                 let Some(level) = levels.last() else { continue };
                 if hides_nothing {
-                    unlinkat(&level.folder, &*name, AtFlags::empty()).file("remove whiteout", &name)?;
+                    unlinkat(level.folder.fd().file("remove whiteout", &name)?, &*name, AtFlags::empty()).file("remove whiteout", &name)?;
                 } else {
                     count.add(&stat);
                 }
             }
             Found::Folder(stat) => {
                 count.add(&stat);
-                let folder = match tree::open_folder(level.folder.as_fd(), &name) {
+                let folder = match tree::open_folder(folder, &name) {
                     Err(Errno::NOENT | Errno::NOTDIR) => continue,
                     folder => folder.file("open folder", &name)?,
                 };
@@ -86,7 +94,9 @@ pub(crate) fn measure(path: &Path, beneath: Beneath<'_>) -> Result<Measured> {
                     fremovexattr(&folder, tree::OPAQUE).file("remove mark of", &name)?;
                 }
                 let names = tree::names(folder.as_fd()).file("read folder", &name)?;
+                let folder = Rung::new(folder).file("look at", &name)?;
                 levels.push(Level { folder, name, names, hides_lower: hides_lower || is_opaque });
+                tree::shed(&mut levels, |level| &mut level.folder);
             }
             _ => count.add(&stat),
         }

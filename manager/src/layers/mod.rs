@@ -9,15 +9,16 @@
 //! snapshots and messages are unknown here.
 
 mod apply;
+mod copy;
 mod create;
-mod decode;
+pub(crate) mod decode;
 mod lower;
 mod measure;
 mod rebase;
 mod ring;
-mod tar;
+pub(crate) mod tar;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tree;
 
 use std::io;
@@ -27,6 +28,7 @@ use std::path::Path;
 use rustix::io::Errno;
 
 pub(crate) use apply::{Applied, Target, apply};
+pub(crate) use copy::copy_tree;
 pub(crate) use create::{Change, Created, Source, Times, create};
 pub(crate) use decode::Compression;
 pub(crate) use lower::Lowers;

@@ -13,7 +13,11 @@ use super::lower::{Below, Lowers};
 use super::{OnFile as _, Result, tree};
 
 /// Corrects the folders of an upper folder that its layer had no entries for. Done twice, it gives the same.
-pub(crate) fn rebase(upper: &Path, lowers: &Lowers, implicit: &[Vec<u8>]) -> Result<()> {
+///
+/// False if a layer below has a link where one of them is, which the layer's files should have followed: only applying it again, with the layers
+/// below known, gives what it means.
+pub(crate) fn rebase(upper: &Path, lowers: &Lowers, implicit: &[Vec<u8>]) -> Result<bool> {
+    let mut is_right = true;
     let root = tree::open_root(upper).file("open folder", upper.as_os_str().as_encoded_bytes())?;
     for path in implicit {
         if path.is_empty() {
@@ -25,7 +29,14 @@ pub(crate) fn rebase(upper: &Path, lowers: &Lowers, implicit: &[Vec<u8>]) -> Res
             continue;
         }
         let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
-        let Below::Folder(lower, stat) = lowers.find(&names).file("look below at", path)? else { continue };
+        let (lower, stat) = match lowers.find(&names).file("look below at", path)? {
+            Below::Folder(lower, stat) => (lower, stat),
+            Below::Symlink(_) => {
+                is_right = false;
+                continue;
+            }
+            Below::Absent | Below::Other(..) => continue,
+        };
         let root = root.try_clone().file("open", path)?;
         let opened = names.iter().try_fold(root, |folder, name| tree::open_folder(folder.as_fd(), name));
         let folder = match opened {
@@ -37,5 +48,5 @@ pub(crate) fn rebase(upper: &Path, lowers: &Lowers, implicit: &[Vec<u8>]) -> Res
         copy_attributes(&lower, &stat, &folder).file("set owner and mode of", path)?;
         utimensat(&folder, ".", &tree::timestamps(tree::mtime(&stat)), AtFlags::empty()).file("set times of", path)?;
     }
-    Ok(())
+    Ok(is_right)
 }

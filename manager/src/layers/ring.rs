@@ -39,6 +39,25 @@ impl Drop for CancelGuard {
     }
 }
 
+/// Ends a source once its reader is cancelled: a few bytes of it may decompress to nothing for a long time.
+#[derive(Debug)]
+pub(super) struct UntilCancelled<R> {
+    source: R,
+    cancel: Cancel,
+}
+
+impl<R> UntilCancelled<R> {
+    pub(super) fn new(source: R, cancel: &Cancel) -> Self {
+        Self { source, cancel: cancel.clone() }
+    }
+}
+
+impl<R: Read> Read for UntilCancelled<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.is_cancelled() { Err(cancelled()) } else { self.source.read(buffer) }
+    }
+}
+
 /// The side that fills.
 #[derive(Debug)]
 pub(super) struct Filler {

@@ -12,7 +12,7 @@ use super::tar::{BLOCK, Entry, Kind, Time, Writer};
 use super::{Applied, Cancel, LayerLimits, Lowers, Result, Target, apply, tree};
 
 /// Whether owners and devices can be made; says so if not.
-pub(super) fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
         eprintln!("skipped: owners and devices need root");
@@ -21,7 +21,7 @@ pub(super) fn is_root() -> bool {
 }
 
 /// A new folder that all may read.
-pub(super) fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
+pub(crate) fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
     let path = folder.join(name);
     fs::create_dir(&path).expect("a folder");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
@@ -30,7 +30,7 @@ pub(super) fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
 
 /// An archive without an end marker.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Archive(pub(super) Vec<u8>);
+pub(crate) struct Archive(pub(super) Vec<u8>);
 
 impl Archive {
     pub(super) fn entry(mut self, entry: &Entry, data: &[u8]) -> Self {
@@ -41,20 +41,20 @@ impl Archive {
         self
     }
 
-    pub(super) fn file(self, path: impl AsRef<[u8]>, data: impl AsRef<[u8]>) -> Self {
+    pub(crate) fn file(self, path: impl AsRef<[u8]>, data: impl AsRef<[u8]>) -> Self {
         let data = data.as_ref();
         self.entry(&entry(path, Kind::File { size: data.len() as u64 }), data)
     }
 
-    pub(super) fn folder(self, path: impl AsRef<[u8]>) -> Self {
+    pub(crate) fn folder(self, path: impl AsRef<[u8]>) -> Self {
         self.entry(&Entry { mode: 0o755, ..entry(path, Kind::Folder) }, b"")
     }
 
-    pub(super) fn symlink(self, path: impl AsRef<[u8]>, target: &str) -> Self {
+    pub(crate) fn symlink(self, path: impl AsRef<[u8]>, target: &str) -> Self {
         self.entry(&entry(path, Kind::Symlink { target: target.into() }), b"")
     }
 
-    pub(super) fn link(self, path: impl AsRef<[u8]>, target: &str) -> Self {
+    pub(crate) fn link(self, path: impl AsRef<[u8]>, target: &str) -> Self {
         self.entry(&entry(path, Kind::HardLink { target: target.into() }), b"")
     }
 
@@ -93,7 +93,7 @@ impl Archive {
     }
 
     /// With its end marker.
-    pub(super) fn end(mut self) -> Vec<u8> {
+    pub(crate) fn end(mut self) -> Vec<u8> {
         self.0.extend_from_slice(&[0; 2 * BLOCK]);
         self.0
     }
@@ -116,7 +116,7 @@ pub(super) fn overlay(bytes: &[u8], upper: &Path, lowers: &[&Path]) -> Result<Ap
 }
 
 /// Everything below a folder: type, mode, owner, size, target, device, attributes, a hash of the data, and links as the first name.
-pub(super) fn view(root: &Path) -> BTreeMap<String, String> {
+pub(crate) fn view(root: &Path) -> BTreeMap<String, String> {
     let (mut all, mut names, mut todo) = (BTreeMap::new(), BTreeMap::new(), vec![root.to_owned()]);
     while let Some(path) = todo.pop() {
         let about = fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

@@ -111,12 +111,60 @@ fn open_unmounted(folder: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<Own
     openat2(folder, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), resolve)
 }
 
+/// A folder on the way down a tree: closed when the way has gone far below it, and opened again from below on the way back. However deep a tree is,
+/// few descriptors are open.
+#[derive(Debug)]
+pub(super) struct Rung {
+    folder: Option<OwnedFd>,
+    id: (u64, u64),
+}
+
+impl Rung {
+    pub(super) fn new(folder: OwnedFd) -> rustix::io::Result<Self> {
+        let id = id(&folder)?;
+        Ok(Self { folder: Some(folder), id })
+    }
+
+    /// It, while it is open: the lowest ones always are.
+    pub(super) fn fd(&self) -> rustix::io::Result<BorrowedFd<'_>> {
+        self.folder.as_ref().map(AsFd::as_fd).ok_or(Errno::BADF)
+    }
+}
+
+fn id(folder: &OwnedFd) -> rustix::io::Result<(u64, u64)> {
+    rustix::fs::fstat(folder).map(|stat| (stat.st_dev, stat.st_ino))
+}
+
+/// Closes the folder that is far above the lowest, which was just added.
+pub(super) fn shed<L>(levels: &mut [L], rung: impl Fn(&mut L) -> &mut Rung) {
+    if let Some(level) = levels.len().checked_sub(OPEN_LEVELS + 1).and_then(|far| levels.get_mut(far)) {
+        rung(level).folder = None;
+    }
+}
+
+/// Opens the folder above the lowest, which is about to be left.
+///
+/// Errors: ESTALE when that was moved elsewhere meanwhile.
+pub(super) fn climb<L>(levels: &mut [L], rung: impl Fn(&mut L) -> &mut Rung) -> rustix::io::Result<()> {
+    let [.., above, lowest] = levels else { return Ok(()) };
+    let above = rung(above);
+    if above.folder.is_some() {
+        return Ok(());
+    }
+    let folder = openat(rung(lowest).fd()?, "..", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    if id(&folder)? != above.id {
+        return Err(Errno::STALE);
+    }
+    above.folder = Some(folder);
+    Ok(())
+}
+
 /// Removes everything in a folder but what is to be kept, and folders that it is in. Whether anything was kept.
 ///
 /// Not by recursion: a layer's folders can be deeper than a stack.
 pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool, stops: &dyn Fn() -> bool) -> rustix::io::Result<bool> {
     struct Level {
-        folder: OwnedFd,
+        folder: Rung,
         names: Vec<Vec<u8>>,
         /// Its own name in the one above, and whether it stays itself.
         name: Vec<u8>,
@@ -124,36 +172,38 @@ pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool, stops
     }
     let level = |folder: OwnedFd, name, kept| -> rustix::io::Result<Level> {
         let names = names(folder.as_fd())?;
-        Ok(Level { folder, names, name, kept })
+        Ok(Level { folder: Rung::new(folder)?, names, name, kept })
     };
     let mut levels = vec![level(folder, Vec::new(), false)?];
     loop {
         let Some(top) = levels.last_mut() else { return Ok(false) };
         let Some(name) = top.names.pop() else {
+            climb(&mut levels, |level| &mut level.folder)?;
             let Some(Level { name, kept, .. }) = levels.pop() else { return Ok(false) };
             let Some(above) = levels.last_mut() else { return Ok(kept) };
             if kept {
                 above.kept = true;
             } else {
-                unlinkat(&above.folder, name, AtFlags::REMOVEDIR)?;
+                unlinkat(above.folder.fd()?, name, AtFlags::REMOVEDIR)?;
             }
             continue;
         };
         if stops() {
             return Err(Errno::CANCELED);
         }
-        let stat = match statat(&top.folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
+        let stat = match statat(top.folder.fd()?, &*name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => continue,
             stat => stat?,
         };
         let is_kept = keeps(&stat);
         if matches!(found(stat), Found::Folder(_)) {
-            let folder = open_unmounted(top.folder.as_fd(), &name)?;
+            let folder = open_unmounted(top.folder.fd()?, &name)?;
             levels.push(level(folder, name, is_kept)?);
+            shed(&mut levels, |level| &mut level.folder);
         } else if is_kept {
             top.kept = true;
         } else {
-            unlinkat(&top.folder, name, AtFlags::empty())?;
+            unlinkat(top.folder.fd()?, name, AtFlags::empty())?;
         }
     }
 }
@@ -235,6 +285,8 @@ pub(super) fn open_root(path: &Path) -> rustix::io::Result<OwnedFd> {
 /// The first names of files with several, by device and inode.
 pub(super) type FirstNames = HashMap<(u64, u64), Vec<u8>>;
 
+/// Folders that are open at once on the way down a tree.
+const OPEN_LEVELS: usize = 64;
 /// The longest value, and the longest list of names, that Linux has.
 const XATTR_BYTES: usize = 64 << 10;
 /// Marks a folder that hides those of its name in lower layers.

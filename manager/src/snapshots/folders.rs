@@ -3,16 +3,16 @@
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
+use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::{io, thread};
 
 use super::Snapshotter;
 use crate::error::{IoContext as _, Result};
-use crate::layers::{Cancel, Compression, LayerLimits, Source, Target, Times, apply, create};
+use crate::layers::copy_tree;
 
 pub(super) fn blocking_make_base(base: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(base).on("make folder", base)?;
@@ -42,21 +42,54 @@ pub(super) struct Made {
     making: Making,
 }
 
+impl Made {
+    /// Gives its tree another owner; if that fails, removes it.
+    pub(super) fn owned_by(self, snapshotter: Snapshotter, owner: Option<(u32, u32)>) -> Result<Self> {
+        let Some((uid, gid)) = owner else { return Ok(self) };
+        let tree = tree_in(snapshotter, &self.path);
+        let changed = std::os::unix::fs::chown(&tree, Some(uid), Some(gid)).on("set owner of", &tree);
+        if changed.is_err() {
+            // the next cleanup tries again
+            let _ = blocking_remove(&self.path);
+        }
+        changed.map(|()| self)
+    }
+}
+
+/// Where in its folder a snapshot's files are.
+pub(super) fn tree_in(snapshotter: Snapshotter, folder: &Path) -> PathBuf {
+    match snapshotter {
+        Snapshotter::Overlayfs => folder.join(FS),
+        Snapshotter::Native => folder.to_owned(),
+    }
+}
+
 impl Drop for Made {
     fn drop(&mut self) {
         self.making.lock().remove(&self.path);
     }
 }
 
-/// Makes the folder of a snapshot under a temporary name. `parent` is the tree of its parent.
-pub(super) fn blocking_make(making: &Making, snapshotter: Snapshotter, base: &Path, parent: Option<&Path>, copies: bool) -> Result<Made> {
+/// How a new folder gets what its parent has.
+#[derive(Clone, Copy)]
+pub(super) enum From<'p> {
+    /// There is no parent.
+    Nothing,
+    /// Owner and mode of its tree.
+    Attributes(&'p Path),
+    /// Everything in it, until the copy is to stop.
+    Copy(&'p Path, &'p dyn Fn() -> bool),
+}
+
+/// Makes the folder of a snapshot under a temporary name.
+pub(super) fn blocking_make(making: &Making, snapshotter: Snapshotter, base: &Path, from: From<'_>) -> Result<Made> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let path = base.join(format!("{NEW}{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
     making.lock().insert(path.clone());
     let made = Made { path, making: making.clone() };
     // of an earlier process with this number
     blocking_remove(&made.path)?;
-    if let Err(error) = blocking_fill(snapshotter, &made.path, parent, copies) {
+    if let Err(error) = blocking_fill(snapshotter, &made.path, from) {
         // the next cleanup tries again
         let _ = blocking_remove(&made.path);
         return Err(error);
@@ -64,50 +97,31 @@ pub(super) fn blocking_make(making: &Making, snapshotter: Snapshotter, base: &Pa
     Ok(made)
 }
 
-fn blocking_fill(snapshotter: Snapshotter, folder: &Path, parent: Option<&Path>, copies: bool) -> Result<()> {
+fn blocking_fill(snapshotter: Snapshotter, folder: &Path, from: From<'_>) -> Result<()> {
     let make = |path: &Path, mode| {
         DirBuilder::new().mode(mode).create(path).on("make folder", path)?;
         // whatever the umask
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).on("set mode of", path)
     };
-    let tree = match snapshotter {
-        Snapshotter::Overlayfs => {
-            make(folder, 0o700)?;
-            make(&folder.join(WORK), 0o711)?;
-            folder.join(FS)
-        }
-        Snapshotter::Native => folder.to_owned(),
-    };
-    make(&tree, 0o755)?;
-    let Some(parent) = parent else { return Ok(()) };
-    if copies {
-        blocking_copy(parent, &tree)?;
+    let tree = tree_in(snapshotter, folder);
+    if snapshotter == Snapshotter::Overlayfs {
+        make(folder, 0o700)?;
+        make(&folder.join(WORK), 0o711)?;
     }
+    make(&tree, 0o755)?;
+    let parent = match from {
+        From::Nothing => return Ok(()),
+        From::Attributes(parent) => parent,
+        From::Copy(parent, stops) => {
+            copy_tree(parent, &tree, stops)?;
+            parent
+        }
+    };
     // what is seen of the root is the uppermost layer's
     let about = fs::metadata(parent).on("look at", parent)?;
     let (uid, gid) = (std::os::unix::fs::MetadataExt::uid(&about), std::os::unix::fs::MetadataExt::gid(&about));
     std::os::unix::fs::chown(&tree, Some(uid), Some(gid)).on("set owner of", &tree)?;
     fs::set_permissions(&tree, about.permissions()).on("set mode of", &tree)
-}
-
-/// Copies a tree as a layer that is applied while it is created.
-fn blocking_copy(from: &Path, to: &Path) -> Result<()> {
-    let (reader, writer) = io::pipe().on("copy", from)?;
-    let cancel = Cancel::default();
-    let limits = LayerLimits { layer_bytes: u64::MAX, entries: u64::MAX };
-    thread::scope(|scope| {
-        let stage = thread::Builder::new().name("snapshot-copy".to_owned());
-        let writes = stage.spawn_scoped(scope, || create(writer, &Source::Trees(None, from), Compression::Plain, Times::Exact, &cancel));
-        let applied = apply(reader, Target::Merged(to), limits, &cancel);
-        // its pipe is closed: it ends
-        let written = writes.on("copy", from)?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        // an archive cut short is the consequence of an error while writing
-        if let Err(error) = written {
-            return Err(error.into());
-        }
-        applied?;
-        Ok(())
-    })
 }
 
 /// Names a folder by its number. One that is there was made by a process that crashed before it recorded it.

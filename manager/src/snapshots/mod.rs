@@ -12,16 +12,23 @@
 
 mod change;
 mod commit;
+mod draft;
 mod folders;
+mod found;
+mod idmap;
 mod mounts;
 mod overlay;
 mod prepare;
+mod proxied;
+mod proxy;
 mod removal;
 #[cfg(test)]
 mod tests;
+mod written;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use containerd_client::services::v1::snapshots::{Info, Kind};
 use containerd_client::types::Mount;
@@ -29,13 +36,16 @@ use tokio::sync::RwLock;
 
 pub(crate) use change::Change;
 pub(crate) use commit::Commit;
-pub(crate) use overlay::in_own_mounts;
+pub(crate) use draft::{Draft, NewLayer, blocking_settle, blocking_usage};
+pub(crate) use idmap::{Maps, is_map};
+pub(crate) use overlay::{blocking_mapped, in_own_mounts};
 pub(crate) use prepare::New;
 
 use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
-use crate::layers::{self, Beneath};
+use crate::layers::{self, Beneath, Cancel};
 use crate::pools::Pool;
+use crate::settings::ProxyPlugin;
 use crate::store::snapshots::{Place, Snapshot, Usage};
 use crate::store::{self, Meta, Store};
 
@@ -85,14 +95,28 @@ pub(crate) struct Snapshots {
     root: PathBuf,
     /// Work on files that a call waits for.
     files: Pool,
+    /// Walks through trees that are in use: none that is quicker waits for one.
+    usage: Pool,
+    /// Copies of trees.
+    copies: Pool,
     /// Deletion of files.
     removal: Pool,
     /// Held from the naming of a folder until its row is written; exclusively while folders are looked for that have none.
     naming: Arc<RwLock<()>>,
     /// Folders that have no number yet.
     making: folders::Making,
+    /// Kept until a snapshot is committed.
+    written: written::Written,
+    /// Snapshots that are being committed.
+    committing: commit::Committing,
+    /// Whether files could not be removed.
+    has_left: Arc<AtomicBool>,
+    /// Snapshotters that other processes serve.
+    proxies: proxy::Proxies,
     /// Why overlays cannot be used here.
     overlay_error: Option<Arc<str>>,
+    /// Why their lower folders cannot be id-mapped.
+    remap_error: Option<Arc<str>>,
 }
 
 /// A snapshot's folder, and those of its parents, the nearest first.
@@ -110,16 +134,37 @@ impl Snapshots {
             gate,
             root: root.to_owned(),
             files,
+            usage: Pool::new("usage", 1),
+            copies: Pool::new("copies", 1),
             removal,
             naming: Arc::default(),
             making: folders::Making::default(),
+            written: written::Written::default(),
+            committing: commit::Committing::default(),
+            has_left: Arc::default(),
+            proxies: proxy::Proxies::default(),
             overlay_error: None,
+            remap_error: None,
         };
         for snapshotter in Snapshotter::ALL {
             folders::blocking_make_base(&snapshots.base(snapshotter))?;
         }
         snapshots.overlay_error = overlay::blocking_probe(&snapshots.base(Snapshotter::Overlayfs)).err().map(Into::into);
+        snapshots.remap_error = match &snapshots.overlay_error {
+            Some(why) => Some(Arc::clone(why)),
+            None => overlay::blocking_probe_maps(&snapshots.base(Snapshotter::Overlayfs)).err().map(Into::into),
+        };
         Ok(snapshots)
+    }
+
+    /// Has pools of their own measure trees that are in use, and copy trees.
+    pub(crate) fn with_pools(self, usage: Pool, copies: Pool) -> Self {
+        Self { usage, copies, ..self }
+    }
+
+    /// Also uses snapshotters of other processes.
+    pub(crate) fn with_proxies(self, plugins: &[ProxyPlugin]) -> Self {
+        Self { proxies: proxy::all(plugins), ..self }
     }
 
     /// Why a snapshotter cannot be used, if so.
@@ -127,6 +172,19 @@ impl Snapshots {
         match snapshotter {
             Snapshotter::Overlayfs => self.overlay_error.as_deref(),
             Snapshotter::Native => None,
+        }
+    }
+
+    fn check_usable(&self, snapshotter: Snapshotter) -> Result<()> {
+        let why = self.unusable(snapshotter);
+        why.map_or(Ok(()), |why| Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name()))))
+    }
+
+    /// Why a snapshotter cannot make id-mapped snapshots, if so.
+    pub(crate) fn cannot_remap(&self, snapshotter: Snapshotter) -> Option<&str> {
+        match snapshotter {
+            Snapshotter::Overlayfs => self.remap_error.as_deref(),
+            Snapshotter::Native => Some("it copies files as they are"),
         }
     }
 
@@ -138,6 +196,9 @@ impl Snapshots {
 
     /// How an active one or a view is mounted.
     pub(crate) async fn mounts(&self, place: &Place, key: &str) -> Result<Vec<Mount>> {
+        if let Some(proxy) = self.proxy(&place.snapshotter) {
+            return self.mounts_at(proxy, place, key).await;
+        }
         let chain = self.chain(place, key).await?;
         if chain.snapshot.info.kind() == Kind::Committed {
             return Err(Error::Precondition(format!("requested snapshot {key} not active or view")));
@@ -145,14 +206,21 @@ impl Snapshots {
         self.mounts_of(Snapshotter::parse(&place.snapshotter)?, key, chain).await
     }
 
-    /// What one uses, without its parents: of a committed one as it was recorded then.
+    /// What one uses, without its parents: of a committed one as it was recorded then. Of an active one its files are counted, until the
+    /// caller does not wait any more.
     pub(crate) async fn usage(&self, place: &Place, key: &str) -> Result<Usage> {
-        let chain = self.chain(place, key).await?;
-        if chain.snapshot.info.kind() != Kind::Active {
-            return Ok(chain.snapshot.usage.unwrap_or_default());
+        if let Some(proxy) = self.proxy(&place.snapshotter) {
+            return self.usage_at(proxy, place, key).await;
         }
-        let tree = self.tree(Snapshotter::parse(&place.snapshotter)?, chain.snapshot.id);
-        let measured = self.files.run(move || layers::measure(&tree, Beneath::Known)).await??;
+        let (at, wanted) = (place.clone(), key.to_owned());
+        let snapshot = self.store.read(move |db| existing(db, &at, &wanted)).await?;
+        if snapshot.info.kind() != Kind::Active {
+            return Ok(snapshot.usage.unwrap_or_default());
+        }
+        let tree = self.tree(Snapshotter::parse(&place.snapshotter)?, snapshot.id);
+        let cancel = Cancel::default();
+        let _ends_with_caller = cancel.guard();
+        let measured = self.usage.run(move || layers::measure(&tree, Beneath::Known, &cancel)).await??;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }
 
@@ -177,11 +245,7 @@ impl Snapshots {
 
     /// The folder with a snapshot's files.
     fn tree(&self, snapshotter: Snapshotter, id: i64) -> PathBuf {
-        let folder = self.folder(snapshotter, id);
-        match snapshotter {
-            Snapshotter::Overlayfs => folder.join(folders::FS),
-            Snapshotter::Native => folder,
-        }
+        folders::tree_in(snapshotter, &self.folder(snapshotter, id))
     }
 }
 

@@ -6,8 +6,8 @@ use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::types::Mount;
 
 use super::folders::{WORK, blocking_note_implicit};
-use super::{Chain, Snapshots, Snapshotter};
-use crate::error::{Error, Result};
+use super::{Chain, Snapshots, Snapshotter, idmap};
+use crate::error::{Error, IoContext as _, Result};
 
 impl Snapshots {
     /// Errors: a folder is gone.
@@ -20,11 +20,12 @@ impl Snapshots {
                 return Err(gone(key, tree));
             }
         }
+        let maps = idmap::options(&chain.snapshot.info.labels);
         let bind = |source: &Path, mode: &str| Mount {
             r#type: "bind".to_owned(),
             source: source.display().to_string(),
             target: String::new(),
-            options: vec![mode.to_owned(), "rbind".to_owned()],
+            options: [&maps[..], &[mode.to_owned(), "rbind".to_owned()]].concat(),
         };
         Ok(vec![match (snapshotter, &lowers[..]) {
             (Snapshotter::Native, [parent, ..]) if is_view => bind(parent, "ro"),
@@ -32,7 +33,7 @@ impl Snapshots {
             // an overlay has at least two
             (Snapshotter::Overlayfs, [parent]) if is_view => bind(parent, "ro"),
             (Snapshotter::Overlayfs, _) => {
-                let mut options = Vec::new();
+                let mut options = maps;
                 if Path::new(INDEX_PARAMETER).exists() {
                     // an upper folder may be mounted over other lower ones, and lower ones by several at once
                     options.push("index=off".to_owned());
@@ -58,6 +59,14 @@ impl Snapshots {
         let folder = tree.parent()?;
         let is_ours = tree.file_name()? == super::folders::FS && folder.parent()? == self.base(Snapshotter::Overlayfs);
         is_ours.then_some(folder)
+    }
+
+    /// Before a layer is applied to the tree of an overlay's snapshot: its commit learns from then on what cannot be written to the disk.
+    pub(crate) fn blocking_begin(&self, tree: &Path) -> Result<()> {
+        if self.is_upper(tree) {
+            self.written.keep(tree, std::fs::File::open(tree).on("open", tree)?);
+        }
+        Ok(())
     }
 
     /// Records for the commit of the snapshot which folders a layer had no entries for, that was applied without knowing the layers below.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use log::warn;
 
@@ -11,33 +12,48 @@ use crate::content::Scan;
 use crate::error::{Error, IoContext as _, Result};
 use crate::gc::Snapshotters;
 use crate::store::snapshots::{Place, kind_of};
-use crate::store::{self, Meta, Resource, resources};
+use crate::store::{self, Meta, Node, Resource, resources};
 
 impl Snapshots {
+    /// Deletes what a snapshotter has of no snapshot.
+    pub(crate) async fn cleanup_of(&self, name: &str) -> Result<()> {
+        match self.proxy(name) {
+            Some(proxy) => self.cleanup_at(proxy).await,
+            None => self.cleanup(Snapshotter::parse(name)?).await,
+        }
+    }
+
     /// Removes a snapshot without children. Its files go later; nothing waits for that.
     pub(crate) async fn remove(&self, place: &Place, key: &str, lease: Option<String>) -> Result<()> {
-        let snapshotter = Snapshotter::parse(&place.snapshotter)?;
-        let (at, key) = (place.clone(), key.to_owned());
+        self.check_name(&place.snapshotter)?;
+        let (at, wanted) = (place.clone(), key.to_owned());
         let remove = move |db: &mut Meta<'_>| {
-            let snapshot = existing(db, &at, &key)?;
+            let snapshot = existing(db, &at, &wanted)?;
             if store::snapshots::has_children(db, snapshot.id)? {
                 return Err(Error::Precondition("cannot remove snapshot with child".to_owned()));
             }
             store::snapshots::remove(db, snapshot.id)?;
             if let Some(lease) = &lease {
-                let held = Resource { kind: kind_of(&at.snapshotter), id: key.clone() };
+                let held = Resource { kind: kind_of(&at.snapshotter), id: wanted.clone() };
                 resources::remove(db, &at.namespace, lease, &held)?;
             }
             Ok(snapshot.id)
         };
         let id = self.store.remove(remove).await?;
-        let this = self.clone();
-        tokio::spawn(async move { this.remove_folders(vec![(snapshotter, id)]).await });
+        match self.proxy(&place.snapshotter) {
+            Some(proxy) => self.remove_at(proxy, vec![(place.namespace.clone(), id, key.to_owned())]),
+            None => {
+                let (this, snapshotter) = (self.clone(), Snapshotter::parse(&place.snapshotter)?);
+                tokio::spawn(async move { this.remove_folders(vec![(snapshotter, id)]).await });
+            }
+        }
         Ok(())
     }
 
     /// Deletes the folders of snapshots whose rows are removed. What cannot be deleted is left to a later cleanup.
     pub(crate) async fn remove_folders(&self, removed: Vec<(Snapshotter, i64)>) {
+        let forget = |&(snapshotter, id): &(Snapshotter, i64)| drop(self.written.take(&self.tree(snapshotter, id)));
+        removed.iter().for_each(forget);
         let folders: Vec<_> = removed.into_iter().map(|(snapshotter, id)| self.folder(snapshotter, id)).collect();
         self.delete(folders).await;
     }
@@ -63,6 +79,13 @@ impl Snapshots {
         };
         let left = self.set_aside(left).await?;
         self.delete(left).await;
+        Ok(())
+    }
+
+    /// Deletes a folder with the number of a snapshot whose row could not be written.
+    pub(super) async fn remove_unrecorded(&self, folder: PathBuf) -> Result<()> {
+        let aside = self.set_aside(vec![folder]).await?;
+        self.delete(aside).await;
         Ok(())
     }
 
@@ -93,7 +116,7 @@ impl Snapshots {
         Ok(all)
     }
 
-    async fn delete(&self, folders: Vec<PathBuf>) {
+    pub(super) async fn delete(&self, folders: Vec<PathBuf>) {
         for folder in folders {
             if self.gate.is_retired() {
                 // the next process goes on with it: an exit does not wait for files
@@ -109,7 +132,8 @@ impl Snapshots {
             if let Err(error) = deleted.await.flatten()
                 && !self.gate.is_retired()
             {
-                warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; the next cleanup tries again");
+                self.has_left.store(true, Ordering::Relaxed);
+                warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; a later collection tries again");
             }
         }
     }
@@ -117,17 +141,38 @@ impl Snapshots {
 
 #[async_trait::async_trait]
 impl Snapshotters for Snapshots {
-    async fn remove_files(&self, removed: Vec<(String, i64)>, scan: Scan) {
-        let known = |(name, id): (String, i64)| Some((Snapshotter::parse(&name).ok()?, id));
+    async fn remove_files(&self, removed: Vec<(Node, i64)>, scan: Scan) {
+        let name = |node: &Node| node.kind.strip_prefix("snapshots/").unwrap_or_default().to_owned();
+        for proxy in self.proxies() {
+            let of_it: Vec<_> = removed.iter().filter(|(node, _)| name(node) == proxy.plugin.name).cloned().collect();
+            if !of_it.is_empty() {
+                self.remove_at(proxy, of_it.into_iter().map(|(node, number)| (node.namespace, number, node.id)).collect());
+            }
+        }
+        let known = |(node, id): (Node, i64)| Some((Snapshotter::parse(&name(&node)).ok()?, id));
         self.remove_folders(removed.into_iter().filter_map(known).collect()).await;
         if scan == Scan::Known {
             return;
         }
+        for proxy in self.proxies() {
+            let (this, proxy) = (self.clone(), proxy.clone());
+            tokio::spawn(async move {
+                if let Err(error) = this.cleanup_at(&proxy).await {
+                    warn!(error = error.chain(); "cannot look for snapshots without a row");
+                    this.has_left.store(true, Ordering::Relaxed);
+                }
+            });
+        }
         for snapshotter in Snapshotter::ALL {
             if let Err(error) = self.cleanup(snapshotter).await {
                 warn!(snapshotter = snapshotter.name(), error = error.chain(); "cannot look for folders without a snapshot");
+                self.has_left.store(true, Ordering::Relaxed);
             }
         }
+    }
+
+    fn take_left(&self) -> bool {
+        self.has_left.swap(false, Ordering::Relaxed)
     }
 }
 

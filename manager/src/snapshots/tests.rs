@@ -1,3 +1,6 @@
+mod idmap;
+mod native;
+
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -386,4 +389,161 @@ async fn a_folder_that_a_crash_has_left_is_cleaned_up_without_the_snapshot_that_
     cleanup.await.expect("no panic").expect("cleaned up");
     assert!(writable(&mounts).join("file").exists());
     assert_eq!(f.numbers(Snapshotter::Overlayfs), ["1"]);
+}
+
+#[tokio::test]
+async fn no_call_waits_for_the_measuring_of_a_snapshot_in_use_which_ends_with_its_caller() {
+    let Some(f) = Fixture::new("measuring") else { return };
+    let (pool, at) = (f.snapshots.usage.clone(), place("overlayfs"));
+    f.layer("overlayfs", "one", "").await;
+    let mounts = f.prepare("overlayfs", "a", "one", Kind::Active).await.expect("prepared");
+    // another measures a large tree
+    let (end, ends) = std::sync::mpsc::channel::<()>();
+    let other = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.run(move || ends.recv()).await }
+    });
+    while pool.busy() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let usage = tokio::spawn({
+        let (snapshots, at) = (f.snapshots.clone(), at.clone());
+        async move { snapshots.usage(&at, "a").await }
+    });
+    while pool.waiting() == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(f.snapshots.usage(&at, "one").await.expect("it was recorded").inodes, 2);
+    f.snapshots.mounts(&at, "a").await.expect("mounts");
+    f.prepare("overlayfs", "b", "one", Kind::Active).await.expect("prepared");
+    f.commit("overlayfs", "b", "two", "").await.expect("committed");
+    usage.abort();
+    assert!(usage.await.expect_err("its client has left").is_cancelled());
+    assert_eq!(pool.waiting(), 0);
+    end.send(()).expect("it waits");
+    other.await.expect("no panic").expect("no panic").expect("sent");
+    fs::write(writable(&mounts).join("file"), "").expect("a file");
+    let cancel = Cancel::default();
+    drop(cancel.guard());
+    let measured = layers::measure(&writable(&mounts), Beneath::Known, &cancel);
+    measured.expect_err("it was cancelled");
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_committed_twice_at_once_is_committed_once() {
+    let Some(f) = Fixture::new("commits") else { return };
+    let f = Arc::new(f);
+    for round in 0..10 {
+        let key = format!("key-{round}");
+        let tree = writable(&f.prepare("overlayfs", &key, "", Kind::Active).await.expect("prepared"));
+        fs::write(tree.join("file"), "data").expect("a file");
+        let mut commits = tokio::task::JoinSet::new();
+        for number in 0..4 {
+            let (f, key) = (Arc::clone(&f), key.clone());
+            commits.spawn(async move {
+                f.commit("overlayfs", &key, &format!("chain-{round}-{}", number % 2), "").await.map_err(|error| error.code())
+            });
+        }
+        let mut results = commits.join_all().await;
+        results.sort_by_key(Result::is_err);
+        assert_eq!(results[0], Ok(()));
+        for late in &results[1..] {
+            assert!(matches!(late, Err(tonic::Code::NotFound | tonic::Code::AlreadyExists)), "{results:?}");
+        }
+    }
+    // the second waits for the first: it does not touch the files of what is committed
+    let tree = writable(&f.prepare("overlayfs", "last", "", Kind::Active).await.expect("prepared"));
+    fs::write(tree.join("file"), "data").expect("a file");
+    let number = f.snapshots.chain(&place("overlayfs"), "last").await.expect("there").snapshot.id;
+    let turn = f.snapshots.committing.take(number).await;
+    let commit = tokio::spawn({
+        let f = Arc::clone(&f);
+        async move { f.commit("overlayfs", "last", "late", "").await }
+    });
+    let (pool, deadline) = (f.snapshots.files.clone(), std::time::Instant::now() + std::time::Duration::from_millis(50));
+    while std::time::Instant::now() < deadline {
+        assert_eq!(pool.busy(), 0, "it works on the files");
+        tokio::task::yield_now().await;
+    }
+    drop(turn);
+    commit.await.expect("no panic").expect("it is the only one now");
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_removed_is_removed_later_and_keeps_no_other() {
+    let Some(f) = Fixture::new("immutable") else { return };
+    let at = place("overlayfs");
+    for key in ["a", "b"] {
+        f.prepare("overlayfs", key, "", Kind::Active).await.expect("prepared");
+    }
+    let tree = f.snapshots.tree(Snapshotter::Overlayfs, 1);
+    fs::write(tree.join("file"), "").expect("a file");
+    let set = |flags| {
+        let found = fs::read_dir(f.snapshots.base(Snapshotter::Overlayfs)).expect("a folder").next()?.ok()?.path().join("fs/file");
+        rustix::fs::ioctl_setflags(fs::File::open(found).ok()?, flags).ok()
+    };
+    let file = fs::File::open(tree.join("file")).expect("a file");
+    if rustix::fs::ioctl_setflags(&file, rustix::fs::IFlags::IMMUTABLE).is_err() {
+        eprintln!("skipped: this file system has no immutable files");
+        return;
+    }
+    for key in ["a", "b"] {
+        f.snapshots.remove(&at, key, None).await.expect("removed");
+    }
+    scratch_eventually(|| f.numbers(Snapshotter::Overlayfs).len() == 1 && f.snapshots.has_left.load(std::sync::atomic::Ordering::Relaxed))
+        .await;
+    assert!(crate::gc::Snapshotters::take_left(&f.snapshots) && !crate::gc::Snapshotters::take_left(&f.snapshots));
+    f.snapshots.cleanup(Snapshotter::Overlayfs).await.expect("it goes on");
+    let is_still_left = crate::gc::Snapshotters::take_left(&f.snapshots);
+    set(rustix::fs::IFlags::empty()).expect("it is there");
+    assert!(is_still_left);
+    f.snapshots.cleanup(Snapshotter::Overlayfs).await.expect("cleaned up");
+    assert!(f.numbers(Snapshotter::Overlayfs).is_empty() && !crate::gc::Snapshotters::take_left(&f.snapshots));
+}
+
+/// A file system on a disk that is full before it is: what it was given and cannot write is an error later.
+struct Failing {
+    folder: scratch::Folder,
+}
+
+impl Failing {
+    fn new() -> Self {
+        let this = Self { folder: scratch::Folder::new("failing") };
+        this.run("mkdir memory disk && mount -t tmpfs -o size=16m none memory && truncate -s 128m memory/file");
+        this.run("mkfs.ext4 -q -O ^has_journal -E lazy_itable_init=1 memory/file && mount -o loop,errors=continue memory/file disk");
+        this
+    }
+
+    fn run(&self, script: &str) {
+        let ran = std::process::Command::new("sh").args(["-ec", script]).current_dir(&*self.folder).output().expect("a shell");
+        assert!(ran.status.success(), "{script}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        let script = "umount -l disk; umount -l memory";
+        let _ = std::process::Command::new("sh").args(["-c", script]).current_dir(&*self.folder).output();
+    }
+}
+
+#[tokio::test]
+async fn a_commit_learns_of_files_that_were_not_written_though_another_was_told_first() {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+        eprintln!("skipped: a file system that fails needs root and loop devices");
+        return;
+    }
+    let failing = Failing::new();
+    let store = Store::open(&Files { meta: failing.folder.join("meta.db"), notes: failing.folder.join("notes.db") }).expect("a new store");
+    let disk = failing.folder.join("disk");
+    let snapshots = Snapshots::open(&disk, store, Gate::default(), Pool::new("test", 4), Pool::new("test", 1)).expect("a root");
+    let new = New { key: "a".to_owned(), parent: String::new(), kind: Kind::Active, labels: HashMap::new(), lease: None };
+    let mounts = snapshots.prepare(&place("overlayfs"), new).await.expect("prepared");
+    let tree = PathBuf::from(&mounts[0].source);
+    snapshots.blocking_begin(&tree).expect("a folder");
+    fs::write(tree.join("file"), vec![7; 40 << 20]).expect("it is in memory");
+    let told = rustix::fs::syncfs(fs::File::open(&disk).expect("a folder"));
+    assert!(told.is_err(), "the disk is full");
+    let commit = Commit { key: "a".to_owned(), name: "b".to_owned(), parent: String::new(), labels: HashMap::new(), lease: None };
+    snapshots.commit(&place("overlayfs"), commit).await.expect_err("its file is lost");
 }

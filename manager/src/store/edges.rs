@@ -6,6 +6,7 @@
 //! containerd.io/gc.ref.image[.x|/x]           image VALUE
 //! containerd.io/gc.ref.snapshot.NAME[/x]      snapshot VALUE of the snapshotter NAME
 //! containerd.io/gc.bref.…                     the same the other way round: as long as VALUE is there, the object is kept
+//! containerd.io/gc.bref.container[.x|/x]      as long as container VALUE is there
 //! ```
 //! The target of an image and the parent of a snapshot are columns of those. **Invariant:** edges are a function of the object that they start
 //! from, except for leases, whose edges are the resources that clients add.
@@ -33,7 +34,9 @@ impl References {
         for (key, value) in labels {
             if let Some(kind) = key.strip_prefix(REF).and_then(kind) {
                 references.to.push(Resource { kind, id: value.clone() });
-            } else if let Some(kind) = key.strip_prefix(BACK).and_then(kind) {
+            } else if let Some(kind) =
+                key.strip_prefix(BACK).and_then(|rest| if is_named(rest, "container") { Some("containers".to_owned()) } else { kind(rest) })
+            {
                 references.back.push(Resource { kind, id: value.clone() });
             }
         }
@@ -43,15 +46,18 @@ impl References {
 
 /// The kind of object that the rest of such a label's key names.
 fn kind(rest: &str) -> Option<String> {
-    let is_named = |name: &str| rest.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '/']));
     if let Some(rest) = rest.strip_prefix("snapshot.") {
         let snapshotter = rest.split('/').next().unwrap_or_default();
         return (!snapshotter.is_empty()).then(|| format!("snapshots/{snapshotter}"));
     }
-    if is_named("content") {
+    if is_named(rest, "content") {
         return Some("content".to_owned());
     }
-    is_named("image").then(|| "images".to_owned())
+    is_named(rest, "image").then(|| "images".to_owned())
+}
+
+fn is_named(rest: &str, name: &str) -> bool {
+    rest.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '/']))
 }
 
 /// Replaces those of one object.
@@ -98,5 +104,7 @@ mod tests {
         }
         let back = [("containerd.io/gc.bref.image.x".to_owned(), "v".to_owned())].into();
         assert_eq!(References::in_labels(&back).back, [Resource { kind: "images".to_owned(), id: "v".to_owned() }]);
+        let back = [("containerd.io/gc.bref.container/x".to_owned(), "v".to_owned())].into();
+        assert_eq!(References::in_labels(&back).back, [Resource { kind: "containers".to_owned(), id: "v".to_owned() }]);
     }
 }

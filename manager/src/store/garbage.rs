@@ -4,13 +4,16 @@
 //! roots: images, leases, containers, sandboxes, label containerd.io/gc.root
 //! from a root forwards: edges of labels; the target of an image; the parent of a snapshot; back_edges the other way round
 //! ```
+//! References under a condition (`conditions.rs`) are edges from what is live, if the condition is true at that moment.
 //! Of what a lease with the label `containerd.io/gc.flat` holds, only targets and parents are kept too, not what labels name.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use rusqlite::{OptionalExtension as _, params};
 
-use super::{Doing as _, Meta, blobs, images, snapshots};
+use super::conditions::{self, Conditional};
+use super::edges::References;
+use super::{Doing as _, Meta, blobs, containers, images, leases, snapshots};
 use crate::error::Result;
 
 /// An object that may be collected.
@@ -29,16 +32,13 @@ pub(crate) struct Swept {
     pub(crate) images: Vec<Node>,
     /// With the numbers of their folders.
     pub(crate) snapshots: Vec<(Node, i64)>,
+    /// What these use, as far as it was recorded.
+    pub(crate) bytes: i64,
 }
 
 /// Everything that no root leads to at the moment `now`, in an order in which it can be removed.
 pub(crate) fn mark(db: &Meta<'_>, now: i64) -> Result<Vec<Node>> {
-    let mut live = HashSet::new();
-    let mut select = db.0.prepare(LIVE).doing("prepare")?;
-    let mut rows = select.query([now]).doing("mark")?;
-    while let Some(row) = rows.next().doing("mark")? {
-        live.insert(node(row).doing("mark")?);
-    }
+    let live = live(db, now)?;
     let mut garbage = Vec::new();
     for sql in [
         "SELECT namespace, 'images', id FROM images WHERE expires <= ?",
@@ -54,12 +54,41 @@ pub(crate) fn mark(db: &Meta<'_>, now: i64) -> Result<Vec<Node>> {
         let mut rows = select.query([now]).doing("mark")?;
         while let Some(row) = rows.next().doing("mark")? {
             let node = node(row).doing("mark")?;
-            if !live.contains(&node) {
+            if !live.contains_key(&node) {
                 garbage.push(node);
             }
         }
     }
     Ok(garbage)
+}
+
+/// Everything that a root leads to, and whether nothing but a flat lease does.
+fn live(db: &Meta<'_>, now: i64) -> Result<HashMap<Node, bool>> {
+    let mut conditions = conditions::satisfied(db, now)?;
+    let mut held = Vec::new();
+    loop {
+        let more = serde_json::Value::from(held.clone()).to_string();
+        let mut live = HashMap::new();
+        let mut select = db.0.prepare(LIVE).doing("prepare")?;
+        let mut rows = select.query(params![now, more]).doing("mark")?;
+        while let Some(row) = rows.next().doing("mark")? {
+            live.insert(node(row).doing("mark")?, row.get(3).doing("mark")?);
+        }
+        // what they hold may have references under a condition, too
+        let before = held.len();
+        conditions.retain(|conditional| {
+            let Conditional { namespace, from: (kind, id), to } = conditional;
+            let from = Node { namespace: namespace.clone(), kind: kind.clone(), id: id.clone() };
+            let leads = live.get(&from) == Some(&false);
+            if leads {
+                held.push(vec![namespace.clone(), to.0.clone(), to.1.clone()]);
+            }
+            !leads
+        });
+        if held.len() == before {
+            return Ok(live);
+        }
+    }
 }
 
 fn node(row: &rusqlite::Row<'_>) -> rusqlite::Result<Node> {
@@ -69,7 +98,8 @@ fn node(row: &rusqlite::Row<'_>) -> rusqlite::Result<Node> {
 /// Removes those of the marked objects that still no root leads to.
 pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node]) -> Result<Swept> {
     let mut swept = Swept::default();
-    let mut check = Check { db, now, dead: HashSet::new(), flat: HashMap::new() };
+    let conditions = conditions::satisfied(db, now)?;
+    let mut check = Check { db, now, dead: HashSet::new(), flat: HashMap::new(), conditions };
     let mut doomed = Vec::new();
     for node in marked {
         if !check.is_live(node)? {
@@ -85,6 +115,7 @@ pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node]) -> Result<Swep
                 // a child that is younger than the marks goes first, next time
                 if !snapshots::has_children(db, found.id)? && snapshots::remove(db, found.id)? {
                     swept.snapshots.push((node.clone(), found.id));
+                    swept.bytes += found.usage.map_or(0, |usage| usage.bytes);
                 }
             }
             None if node.kind == IMAGES => {
@@ -102,6 +133,28 @@ pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node]) -> Result<Swep
     Ok(swept)
 }
 
+/// Whether something holds mounts that were made for a client: a lease, or what their labels name.
+pub(crate) fn is_mount_held(db: &Meta<'_>, namespace: &str, lease: &str, labels: &HashMap<String, String>, now: i64) -> Result<bool> {
+    if !lease.is_empty() && leases::get(db, namespace, lease)?.is_some_and(|lease| !leases::is_expired(&lease, now)) {
+        return Ok(true);
+    }
+    for to in References::in_labels(labels).back {
+        let is_there = match to.kind.strip_prefix(SNAPSHOTS) {
+            Some(snapshotter) => {
+                let place = snapshots::Place { namespace: namespace.to_owned(), snapshotter: snapshotter.to_owned() };
+                snapshots::get(db, &place, &to.id)?.is_some()
+            }
+            None if to.kind == IMAGES => images::get(db, namespace, &to.id)?.is_some(),
+            None if to.kind == "containers" => containers::get(db, namespace, &to.id)?.is_some(),
+            None => blobs::get(db, namespace, &to.id)?.is_some(),
+        };
+        if is_there {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Looks for roots backwards from an object.
 struct Check<'c, 't> {
     db: &'c Meta<'t>,
@@ -110,6 +163,8 @@ struct Check<'c, 't> {
     dead: HashSet<(Node, bool)>,
     /// What is known of leases: whether they are live, and flat.
     flat: HashMap<(String, String), (bool, bool)>,
+    /// References whose condition is true.
+    conditions: Vec<Conditional>,
 }
 
 impl Check<'_, '_> {
@@ -149,9 +204,16 @@ impl Check<'_, '_> {
         let from = select.query_map(parameters, |row| Ok((row.get(0)?, row.get(1)?))).doing("check")?;
         let from = from.collect::<rusqlite::Result<Vec<(String, String)>>>().doing("check")?;
         drop(select);
+        let is_of = |found: &&Conditional| found.namespace == node.namespace && found.to.0 == node.kind && found.to.1 == node.id;
+        for Conditional { from: (kind, id), .. } in self.conditions.iter().filter(is_of) {
+            next.push((Node { namespace: node.namespace.clone(), kind: kind.clone(), id: id.clone() }, true));
+        }
         for (kind, id) in from {
             match kind.as_str() {
-                "containers" | "sandboxes" => return Ok(true),
+                "sandboxes" => return Ok(true),
+                // a label may name one that is not there
+                "containers" if containers::get(self.db, &node.namespace, &id)?.is_some() => return Ok(true),
+                "containers" => {}
                 "leases" => {
                     let (is_live, is_flat) = self.lease(&node.namespace, &id)?;
                     if is_live && !(is_flat && through_labels) {
@@ -212,9 +274,13 @@ const LIVE: &str = "
             )
             FROM leases l CROSS JOIN edges e ON e.namespace = l.namespace AND e.from_type = 'leases' AND e.from_id = l.id
             WHERE l.expires IS NULL OR l.expires > ?1
+        UNION SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'), 0 FROM json_each(?2)
         UNION SELECT namespace, 'images', id, 0 FROM images WHERE expires IS NULL OR expires > ?1
         UNION SELECT e.namespace, e.to_type, e.to_id, 0 FROM namespaces n
             CROSS JOIN edges e ON e.namespace = n.name AND e.from_type IN ('containers', 'sandboxes')
+        UNION SELECT b.namespace, b.from_type, b.from_id, 0 FROM namespaces n
+            CROSS JOIN back_edges b ON b.namespace = n.name AND b.to_type = 'containers'
+            CROSS JOIN containers c ON c.namespace = b.namespace AND c.id = b.to_id
         UNION SELECT namespace, kind, id, 0 FROM labels WHERE key = 'containerd.io/gc.root' AND (kind = 'content' OR kind GLOB 'snapshots/*')
         UNION SELECT e.namespace, e.to_type, e.to_id, 0 FROM live l
             CROSS JOIN edges e ON e.namespace = l.namespace AND e.from_type = l.kind AND e.from_id = l.id WHERE l.flat = 0
@@ -225,4 +291,4 @@ const LIVE: &str = "
         UNION SELECT s.namespace, l.kind, p.key, l.flat FROM live l
             CROSS JOIN snapshots s ON s.namespace = l.namespace AND s.snapshotter = substr(l.kind, 11) AND s.key = l.id
             CROSS JOIN snapshots p ON p.id = s.parent WHERE l.kind GLOB 'snapshots/*'
-    ) SELECT DISTINCT namespace, kind, id FROM live";
+    ) SELECT namespace, kind, id, min(flat) FROM live GROUP BY namespace, kind, id";

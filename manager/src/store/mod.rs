@@ -13,6 +13,7 @@
 //! on the disk as well: see `leave_mark`. No statement reaches the wrong file, and no read changes anything: a job gets its file as a type of
 //! its own, [`Meta`] or [`Notes`], and exclusively only if it may change it.
 
+mod conditions;
 mod edges;
 mod facts;
 pub(crate) mod garbage;
@@ -33,7 +34,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tokio::sync::watch;
 
 pub(crate) use facts::{new_boot, restarts, uuid};
-pub(crate) use garbage::{Node, Swept};
+pub(crate) use garbage::{Node, Swept, is_mount_held};
 pub(crate) use labels::Wanted;
 pub(crate) use objects::{Resource, blobs, containers, images, leases, namespaces, resources, sandboxes};
 pub(crate) use processes::{Exit, Kind, ended, execs, exits};

@@ -139,6 +139,12 @@ kind!(blobs, Content, {
         db.0.prepare_cached(sql).and_then(|mut select| select.query_row([digest], |row| row.get(0))).doing("read")
     }
 
+    /// Digests of all content, each once.
+    pub(crate) fn digests(db: &Meta<'_>) -> Result<Vec<String>> {
+        let mut select = db.0.prepare_cached("SELECT DISTINCT id FROM content").doing("prepare")?;
+        select.query_map([], |row| row.get(0)).and_then(Iterator::collect).doing("read")
+    }
+
     /// What a namespace knows of it that gives it to others: any, or one with the label for that.
     pub(crate) fn elsewhere(db: &Meta<'_>, digest: &str, any: bool) -> Result<Option<Content>> {
         let sql = "SELECT namespace FROM content WHERE id = ?1 AND (?2 OR namespace IN (
@@ -185,6 +191,11 @@ kind!(leases, Lease, {
     pub(crate) fn note_expiry(db: &mut Meta<'_>, namespace: &str, lease: &Lease) -> Result<()> {
         let mut update = db.0.prepare_cached("UPDATE leases SET expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
         update.execute(params![expiry(lease), namespace, lease.id]).doing("write").map(drop)
+    }
+
+    /// Whether one has expired.
+    pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
+        expiry(lease).is_some_and(|expires| expires <= now)
     }
 
     /// Whether any has expired.

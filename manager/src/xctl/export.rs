@@ -1,18 +1,20 @@
-//! `export`: images as one archive, that `xctl import`, `ctr images import`, `docker load` and OCI tools read.
+//! `export`: images as one archive, that `xctl import`, `ctr images import`, `docker load` and OCI tools read. The daemon makes it.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
-use containerd_client::types::Descriptor;
-use serde_json::{Value, json};
+use containerd_client::to_any;
+use containerd_client::types::transfer::{Data, ImageExportStream, ImageReference, ImageStore, WindowUpdate};
+use prost::Message as _;
+use tokio::sync::watch;
 
-use crate::archive::Writer;
 use crate::client::Client;
 use crate::error::{Error, IoContext as _, Result};
-use crate::{content, image};
+use crate::image;
+use crate::transfer::{Beside, Opened, Transfer, open_stream};
 
 /// Arguments of `export`.
 #[derive(Debug, Clone, Args)]
@@ -31,11 +33,11 @@ pub(crate) async fn run(client: &Client, args: ExportArgs) -> Result<u8> {
         if rustix::termios::isatty(io::stdout()) {
             return Err(Error::refused("an archive is not written to a terminal; name a file with --output"));
         }
-        export(client, &args.images, BufWriter::new(io::stdout())).await?;
+        export(client, &args.images, Path::new("standard output"), Box::new(io::stdout())).await?;
         return Ok(0);
     }
     let file = File::create_new(&args.output).on("create", &args.output)?;
-    let exported = export(client, &args.images, BufWriter::new(file)).await;
+    let exported = export(client, &args.images, &args.output, Box::new(file)).await;
     if exported.is_err() {
         // what is there is of no use
         let _ = std::fs::remove_file(&args.output);
@@ -43,90 +45,71 @@ pub(crate) async fn run(client: &Client, args: ExportArgs) -> Result<u8> {
     exported.map(|()| 0)
 }
 
-async fn export(client: &Client, images: &[String], out: impl Write) -> Result<()> {
-    let name = "the archive";
-    let mut archive = Writer::new(out);
-    archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#).on("write", name)?;
-    archive.folder("blobs").on("write", name)?;
-    archive.folder("blobs/sha256").on("write", name)?;
-    let (mut written, mut index, mut saved) = (HashSet::new(), Vec::new(), Vec::new());
+async fn export(client: &Client, images: &[String], shown: &Path, out: Box<dyn Write>) -> Result<()> {
+    let mut names = Vec::new();
     for text in images {
-        let image = image::get(client, text).await?;
-        let target = image.target.clone().ok_or_else(|| Error::unreadable(format!("image {}", image.name), "it has no target"))?;
-        let manifest = image::manifest(client, &image.name, &target.digest).await?;
-        tree(client, &image.name, &target, &mut archive, &mut written).await?;
-        for layer in manifest.layers.iter().map(|layer| &layer.digest).chain([&manifest.digest, &manifest.configuration_digest]) {
-            if !written.contains(layer) {
-                return Err(incomplete(&image.name, layer));
-            }
-        }
-        let tag = image.name.rsplit_once(':').map_or("", |(_, tag)| tag);
-        index.push(json!({
-            "mediaType": target.media_type, "digest": target.digest, "size": target.size,
-            "annotations": { "io.containerd.image.name": image.name, "org.opencontainers.image.ref.name": tag },
-        }));
-        let blob = |digest: &str| format!("blobs/{}", digest.replacen(':', "/", 1));
-        saved.push(json!({
-            "Config": blob(&manifest.configuration_digest),
-            "RepoTags": [image.name.strip_prefix("docker.io/library/").unwrap_or(&image.name)],
-            "Layers": manifest.layers.iter().map(|layer| blob(&layer.digest)).collect::<Vec<_>>(),
-        }));
+        names.push(image::get(client, text).await?.name);
     }
-    let index = json!({ "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": index });
-    archive.file("index.json", index.to_string().as_bytes()).on("write", name)?;
-    archive.file("manifest.json", Value::from(saved).to_string().as_bytes()).on("write", name)?;
-    archive.finish().on("write", name)
+    let doing = format!("export {}", names.join(", "));
+    let mut names = names.into_iter();
+    let store = ImageStore {
+        name: names.next().unwrap_or_default(),
+        extra_references: names.map(|name| ImageReference { name, ..ImageReference::default() }).collect(),
+        ..ImageStore::default()
+    };
+    let opened = open_stream(client).await?;
+    let platforms = vec![image::this_machine()];
+    let stream = ImageExportStream { stream: opened.id.clone(), platforms, ..ImageExportStream::default() };
+    let (answer, answered) = watch::channel(false);
+    let bytes = Box::pin(receive(opened, shown.to_owned(), out, answered));
+    let transfer = Transfer { doing, source: to_any(&store), destination: to_any(&stream) };
+    transfer.run(client, Beside::AllBytes(bytes, answer)).await.map(drop)
 }
 
-fn incomplete(name: &str, digest: &str) -> Error {
-    Error::refused(format!("image {name} is incomplete: the store does not have {digest}; pull it again"))
-}
-
-/// Writes what an image leads to. Of an index, what the store does not have is left out: it is for other machines.
-async fn tree<W: Write>(
-    client: &Client,
-    name: &str,
-    target: &Descriptor,
-    archive: &mut Writer<W>,
-    written: &mut HashSet<String>,
-) -> Result<()> {
-    let mut stack = vec![(target.digest.clone(), target.media_type.clone(), true)];
-    while let Some((digest, media_type, is_needed)) = stack.pop() {
-        let Some(info) = content::info(client, &digest).await? else {
-            if is_needed {
-                return Err(incomplete(name, &digest));
-            }
-            continue;
+/// Writes what comes. containerd 2.1 leaves the stream open at the end.
+async fn receive(opened: Opened, shown: PathBuf, out: Box<dyn Write>, mut answered: watch::Receiver<bool>) -> Result<()> {
+    let Opened { requests, mut stream, .. } = opened;
+    // at the end of an archive two blocks are zeros
+    let mut zeros = 0;
+    let mut out = BufWriter::with_capacity(BUFFER, out);
+    let mut window: i64 = 0;
+    loop {
+        if window < i64::from(WINDOW / 2) {
+            // a daemon that has sent everything takes no more
+            let _ = requests.send(to_any(&WindowUpdate { update: WINDOW })).await;
+            window += i64::from(WINDOW);
+        }
+        let is_complete = zeros >= END;
+        let over = async {
+            // its sender is there as long as this is
+            let _ = answered.wait_for(|answered| *answered).await;
+            tokio::time::sleep(if is_complete { LAST_BYTES } else { LATE }).await;
         };
-        if !written.insert(digest.clone()) {
-            continue;
-        }
-        let what = format!("blob {digest} of image {name}");
-        let size = u64::try_from(info.size).map_err(|error| Error::unreadable(&what, error))?;
-        if !content::is_digest(&digest) {
-            return Err(Error::unreadable(what, "its digest is not one of SHA-256"));
-        }
-        let is_index = media_type.contains("manifest.list") || media_type.contains("image.index");
-        if is_index || media_type.contains("manifest") {
-            let bytes = content::read(client, &what, &digest).await?;
-            let node: Value = serde_json::from_slice(&bytes).map_err(|error| Error::unreadable(&what, error))?;
-            let children = ["manifests", "layers"].iter().filter_map(|key| node[key].as_array()).flatten().chain(node.get("config"));
-            for child in children {
-                let text = |key: &str| child[key].as_str().unwrap_or_default().to_owned();
-                stack.push((text("digest"), text("mediaType"), is_needed && !is_index));
+        let message = tokio::select! {
+            message = stream.message() => message.map_err(|status| Error::Call { doing: "receive the archive".to_owned(), status })?,
+            () = over => {
+                if is_complete {
+                    break;
+                }
+                return Err(Error::unreadable("the archive", "the daemon has not sent all of it"));
             }
-        }
-        archive.begin(&format!("blobs/{}", digest.replacen(':', "/", 1)), size).on("write", "the archive")?;
-        let mut length = 0;
-        content::copy(client, &what, &digest, |part| {
-            length += part.len() as u64;
-            archive.part(part).on("write", "the archive")
-        })
-        .await?;
-        if length != size {
-            return Err(Error::unreadable(what, format!("it has {length} bytes, and {size} by the store")));
-        }
-        archive.end(size).on("write", "the archive")?;
+        };
+        let Some(message) = message else { break };
+        let data = Data::decode(message.value.as_slice()).map_err(|error| Error::unreadable("the archive", error))?.data;
+        window -= i64::try_from(data.len()).unwrap_or(i64::MAX);
+        zeros = match data.iter().rposition(|byte| *byte != 0) {
+            Some(last) => data.len() - 1 - last,
+            None => zeros + data.len(),
+        };
+        out.write_all(&data).on("write", &shown)?;
     }
-    Ok(())
+    out.flush().on("write", &shown)
 }
+
+const END: usize = 1024;
+/// For bytes that are still on their way when the transfer is answered.
+const LAST_BYTES: Duration = Duration::from_secs(1);
+const LATE: Duration = Duration::from_secs(30);
+/// What the daemon may send before the next update.
+const WINDOW: i32 = 4 << 20;
+const BUFFER: usize = 1 << 20;

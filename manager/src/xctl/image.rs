@@ -31,8 +31,6 @@ pub(crate) struct Unpacked {
 pub(crate) struct Manifest {
     /// Its own digest.
     pub(crate) digest: String,
-    /// That of the configuration.
-    pub(crate) configuration_digest: String,
     /// What containers get.
     pub(crate) configuration: ImageConfiguration,
     /// Lowest first.
@@ -110,7 +108,7 @@ pub(crate) async fn manifest(client: &Client, name: &str, target: &str) -> Resul
             let bytes = content::read(client, &what, &configuration_digest).await?;
             let configuration = ImageConfiguration::from_reader(bytes.as_slice()).map_err(|error| Error::unreadable(what, error))?;
             let layers = manifest.layers().iter().map(wire).collect();
-            return Ok(Manifest { digest, configuration_digest, configuration, layers });
+            return Ok(Manifest { digest, configuration, layers });
         }
         let index = ImageIndex::from_reader(bytes.as_slice()).map_err(|error| Error::unreadable(&what, error))?;
         let chosen = index.manifests().iter().find(|descriptor| is_for_this_machine(descriptor));
@@ -118,6 +116,12 @@ pub(crate) async fn manifest(client: &Client, name: &str, target: &str) -> Resul
         digest = chosen.digest().to_string();
     }
     Err(Error::unreadable(format!("image {name}"), "its indexes are nested too deeply"))
+}
+
+/// The platform of this machine, as the API has it.
+pub(crate) fn this_machine() -> containerd_client::types::Platform {
+    let (os, architecture) = ("linux".to_owned(), Arch::default().to_string());
+    containerd_client::types::Platform { os, architecture, ..containerd_client::types::Platform::default() }
 }
 
 fn wire(descriptor: &Descriptor) -> containerd_client::types::Descriptor {

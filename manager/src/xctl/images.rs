@@ -133,6 +133,12 @@ pub(crate) async fn set(client: &Client, name: &str, target: Descriptor, replace
     call(format!("update image {name}"), client.images().update(request)).await.map(drop)
 }
 
+/// Removes a name, at once.
+pub(crate) async fn unname(client: &Client, name: &str) -> Result<()> {
+    let request = client.request(DeleteImageRequest { name: name.to_owned(), sync: false, target: None });
+    call(format!("remove image {name}"), client.images().delete(request)).await.map(drop)
+}
+
 /// Removes names of images; what no name and no container needs any more, the daemon collects.
 pub(crate) async fn remove(client: &Client, args: RmiArgs) -> Result<u8> {
     let used: HashSet<String> = containers::list(client).await?.into_iter().map(|container| container.image).collect();

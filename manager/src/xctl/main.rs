@@ -6,7 +6,6 @@
 
 use std::process::ExitCode;
 
-mod archive;
 mod attach;
 mod cli;
 mod client;
@@ -44,7 +43,6 @@ mod tasks;
 mod temporary_mount;
 mod terminal;
 mod transfer;
-mod unpack;
 mod upgrade;
 mod users;
 

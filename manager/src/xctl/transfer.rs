@@ -1,24 +1,25 @@
-//! `pull` and `push`: the daemon talks to the registry, by its transfer service, and reports progress.
+//! Transfers: the daemon moves images, by its transfer service, and reports progress. `pull` and `push` are two of them.
 //!
 //! ```text
 //!  Transfer ─────────────▶ answered at the end
 //!  Streaming, progress ──▶ what each part is at
 //!  Streaming, auth     ──▶ the registry asks for a name and a secret, which only this xctl knows
+//!  Streaming, data     ──▶ bytes of an archive, which only this xctl can read or write
 //! ```
 
 use std::io::Read as _;
 use std::path::PathBuf;
+use std::pin::Pin;
 
 use clap::Args;
 use containerd_client::services::v1::{StreamInit, TransferOptions, TransferRequest};
 use containerd_client::to_any;
-use containerd_client::types::Platform;
 use containerd_client::types::transfer::{
     AuthRequest, AuthResponse, AuthType, ImageStore, OciRegistry, Progress as Event, RegistryResolver, UnpackConfiguration,
 };
 use prost::Message as _;
 use prost_types::Any;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
@@ -67,7 +68,7 @@ pub(crate) struct PushArgs {
 /// Fetches an image, and unpacks it.
 pub(crate) async fn pull(client: &Client, args: PullArgs) -> Result<u8> {
     let name = image::full_name(&args.image);
-    let platform = Platform { os: "linux".to_owned(), architecture: oci_spec::image::Arch::default().to_string(), ..Platform::default() };
+    let platform = image::this_machine();
     let store = ImageStore {
         name: name.clone(),
         platforms: vec![platform.clone()],
@@ -75,7 +76,8 @@ pub(crate) async fn pull(client: &Client, args: PullArgs) -> Result<u8> {
         ..ImageStore::default()
     };
     let (registry, secret) = registry(client, &name, &args.registry).await?;
-    transfer(client, format!("pull {name}"), to_any(&registry), to_any(&store), secret).await?;
+    let pull = Transfer { doing: format!("pull {name}"), source: to_any(&registry), destination: to_any(&store) };
+    pull.run(client, Beside::Secret(secret)).await?;
     output::print(&format!("{name}\n"))?;
     Ok(0)
 }
@@ -86,19 +88,45 @@ pub(crate) async fn push(client: &Client, args: PushArgs) -> Result<u8> {
     let name = args.destination.as_deref().map_or_else(|| image.name.clone(), image::full_name);
     let store = ImageStore { name: image.name, ..ImageStore::default() };
     let (registry, secret) = registry(client, &name, &args.registry).await?;
-    transfer(client, format!("push {name}"), to_any(&store), to_any(&registry), secret).await?;
+    let push = Transfer { doing: format!("push {name}"), source: to_any(&store), destination: to_any(&registry) };
+    push.run(client, Beside::Secret(secret)).await?;
     output::print(&format!("{name}\n"))?;
     Ok(0)
 }
 
+/// What a transfer moves.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    /// For a message.
+    pub(crate) doing: String,
+    pub(crate) source: Any,
+    pub(crate) destination: Any,
+}
+
+/// What goes on beside a transfer.
+pub(crate) enum Beside {
+    /// The daemon asks for a secret, if there is one.
+    Secret(Option<Box<Secret>>),
+    /// Bytes are sent until the transfer ends.
+    Bytes(Pin<Box<dyn Future<Output = Result<()>>>>, mpsc::UnboundedReceiver<Event>),
+    /// Bytes are received, to their end; the channel says when the transfer was answered.
+    AllBytes(Pin<Box<dyn Future<Output = Result<()>>>>, watch::Sender<bool>),
+}
+
 /// A stream on which the daemon asks for a secret, and the answer.
-struct Secret {
-    stream: Streaming<Any>,
-    requests: mpsc::Sender<Any>,
+pub(crate) struct Secret {
+    stream: Opened,
     answer: AuthResponse,
 }
 
-async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRegistry, Option<Secret>)> {
+/// A stream that the daemon knows by its id.
+pub(crate) struct Opened {
+    pub(crate) id: String,
+    pub(crate) requests: mpsc::Sender<Any>,
+    pub(crate) stream: Streaming<Any>,
+}
+
+async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRegistry, Option<Box<Secret>>)> {
     let mut resolver = RegistryResolver::default();
     if args.plain_http {
         resolver.default_scheme = "http".to_owned();
@@ -114,9 +142,9 @@ async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRe
             secret: password()?,
             ..AuthResponse::default()
         };
-        let (id, requests, stream) = open_stream(client).await?;
-        resolver.auth_stream = id;
-        secret = Some(Secret { stream, requests, answer });
+        let stream = open_stream(client).await?;
+        resolver.auth_stream.clone_from(&stream.id);
+        secret = Some(Box::new(Secret { stream, answer }));
     }
     Ok((OciRegistry { reference: name.to_owned(), resolver: Some(resolver) }, secret))
 }
@@ -137,7 +165,7 @@ fn password() -> Result<String> {
 }
 
 /// Opens a stream under a new name, which the daemon knows when this returns.
-async fn open_stream(client: &Client) -> Result<(String, mpsc::Sender<Any>, Streaming<Any>)> {
+pub(crate) async fn open_stream(client: &Client) -> Result<Opened> {
     let id = format!("xctl-{}", create::random()?);
     let (requests, receiver) = mpsc::channel(4);
     let doing = "open a stream to the daemon";
@@ -146,62 +174,133 @@ async fn open_stream(client: &Client) -> Result<(String, mpsc::Sender<Any>, Stre
     let opened = call(doing, client.api().streaming().stream(client.request(ReceiverStream::new(receiver)))).await;
     let mut stream = opened.map_err(unserved)?;
     match tokio::time::timeout(OPENED, stream.message()).await {
-        Ok(Ok(Some(_ready))) => Ok((id, requests, stream)),
+        Ok(Ok(Some(_ready))) => Ok(Opened { id, requests, stream }),
         Ok(Ok(None)) => Err(lost()),
         Ok(Err(status)) => Err(unserved(Error::Call { doing: doing.to_owned(), status })),
         Err(_elapsed) => Err(Error::Late { doing: doing.to_owned(), limit: OPENED }),
     }
 }
 
-/// containerd before 1.7, and x-manager for now.
+/// containerd before 1.7.
 fn unserved(error: Error) -> Error {
     if error.code() != Some(Code::Unimplemented) {
         return error;
     }
-    Error::refused(
-        "this daemon has no transfer service, which containerd has since 1.7: it cannot pull or push by itself; \
-         fetch the image elsewhere, and read it with `xctl import`",
-    )
+    Error::refused("this daemon does not transfer images so: containerd has its transfer service since 1.7, x-manager always")
 }
 
-async fn transfer(client: &Client, doing: String, source: Any, destination: Any, secret: Option<Secret>) -> Result<()> {
-    let (id, _requests, mut events) = open_stream(client).await?;
-    let options = TransferOptions { progress_stream: id };
-    let request = TransferRequest { source: Some(source), destination: Some(destination), options: Some(options) };
-    let mut service = client.api().transfer();
-    let transferred = call_within(TRANSFERRED, doing, service.transfer(client.request(request)));
-    tokio::pin!(transferred);
-    let answering = answer(secret);
-    tokio::pin!(answering);
-    let mut progress = Progress::new();
-    let (mut has_events, mut is_asked) = (true, true);
-    loop {
-        tokio::select! {
-            result = &mut transferred => {
-                // the terminal first: a message is for people
-                progress.finish();
-                return result.map_err(unserved);
+impl Transfer {
+    /// Runs it, shows its progress, and returns the names of images that were saved.
+    pub(crate) async fn run(self, client: &Client, mut beside: Beside) -> Result<Vec<String>> {
+        let Opened { id, requests: _requests, stream: mut events } = open_stream(client).await?;
+        let request = TransferRequest {
+            source: Some(self.source),
+            destination: Some(self.destination),
+            options: Some(TransferOptions { progress_stream: id }),
+        };
+        let mut service = client.api().transfer();
+        let transferred = call_within(TRANSFERRED, self.doing, service.transfer(client.request(request)));
+        tokio::pin!(transferred);
+        let mut shown = Shown { progress: Progress::new(), saved: Vec::new(), is_complete: false };
+        let (mut has_events, mut is_moving, mut is_transferred) = (true, true, false);
+        while !is_transferred || is_moving && matches!(beside, Beside::AllBytes(..)) {
+            tokio::select! {
+                result = &mut transferred, if !is_transferred => {
+                    if let Err(error) = result {
+                        // the terminal first: a message is for people
+                        shown.progress.finish();
+                        return Err(unserved(error));
+                    }
+                    is_transferred = true;
+                    if let Beside::AllBytes(_, answered) = &beside {
+                        answered.send_replace(true);
+                    }
+                }
+                event = events.message(), if has_events => match event {
+                    Ok(Some(event)) => shown.take(&event),
+                    // the transfer goes on without its progress
+                    Ok(None) | Err(_) => has_events = false,
+                },
+                moved = beside.go_on(&mut shown.progress), if is_moving => {
+                    is_moving = false;
+                    // the daemon's error is the better one, if it has one
+                    if let Err(error) = moved {
+                        let late = tokio::time::timeout(LAST_EVENTS, &mut transferred).await;
+                        shown.progress.finish();
+                        return Err(match late {
+                            Ok(Err(theirs)) if !is_transferred => unserved(theirs),
+                            _ => error,
+                        });
+                    }
+                }
             }
-            event = events.message(), if has_events => match event {
-                Ok(Some(any)) => if let Ok(event) = Event::decode(any.value.as_slice()) { progress.take(&event) },
-                // the transfer goes on without its progress
-                Ok(None) | Err(_) => has_events = false,
+        }
+        // what was saved may be reported after the answer
+        let rest = async {
+            while has_events && !shown.is_complete {
+                match events.message().await {
+                    Ok(Some(event)) => shown.take(&event),
+                    Ok(None) | Err(_) => break,
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LAST_EVENTS, rest).await;
+        shown.progress.finish();
+        Ok(shown.saved)
+    }
+}
+
+/// What the daemon has reported.
+struct Shown {
+    progress: Progress,
+    saved: Vec<String>,
+    is_complete: bool,
+}
+
+impl Shown {
+    fn take(&mut self, event: &Any) {
+        let Ok(event) = Event::decode(event.value.as_slice()) else { return };
+        if event.event == "saved" && !self.saved.contains(&event.name) {
+            self.saved.push(event.name.clone());
+        }
+        self.is_complete |= event.name.is_empty() && event.event.starts_with("Completed ");
+        self.progress.take(&event);
+    }
+}
+
+impl Beside {
+    /// Until there is no more to do.
+    async fn go_on(&mut self, progress: &mut Progress) -> Result<()> {
+        match self {
+            Self::Secret(None) => Ok(()),
+            Self::Secret(Some(secret)) => {
+                secret.answer_all().await;
+                Ok(())
+            }
+            Self::AllBytes(bytes, _) => bytes.await,
+            Self::Bytes(bytes, events) => loop {
+                tokio::select! {
+                    moved = &mut *bytes => return moved,
+                    Some(event) = events.recv() => progress.take(&event),
+                }
             },
-            () = &mut answering, if is_asked => is_asked = false,
         }
     }
 }
 
-/// Answers each question of the registry's.
-async fn answer(secret: Option<Secret>) {
-    let Some(mut secret) = secret else { return };
-    while let Ok(Some(any)) = secret.stream.message().await {
-        if AuthRequest::decode(any.value.as_slice()).is_err() || secret.requests.send(to_any(&secret.answer)).await.is_err() {
-            return;
+impl Secret {
+    /// Answers each question of the registry's.
+    async fn answer_all(&mut self) {
+        while let Ok(Some(any)) = self.stream.stream.message().await {
+            if AuthRequest::decode(any.value.as_slice()).is_err() || self.stream.requests.send(to_any(&self.answer)).await.is_err() {
+                return;
+            }
         }
     }
 }
 
+/// After the answer.
+const LAST_EVENTS: std::time::Duration = std::time::Duration::from_secs(2);
 const OPENED: std::time::Duration = std::time::Duration::from_secs(30);
 /// An image may have many gigabytes, and a registry be slow.
 const TRANSFERRED: std::time::Duration = std::time::Duration::from_secs(24 * 3600);

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::relay::Caller;
 use crate::frame::RequestView;
-use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker, is_of};
+use crate::handover::{Cause, Commit, Origin, Outcome, POD_KEY, ProcessExit, Ready, Step, ToWorker, is_of};
 use crate::saved::saved;
 
 /// How long a request with a ready-made answer waits for the worker's own. Clients give Connect and State 1 s in all.
@@ -360,6 +360,15 @@ impl Ledger {
     pub(crate) fn ready_answer(&self, request: &[u8]) -> Option<&Ready> {
         let view = RequestView::parse(request)?;
         self.ready.get(question(view.service, view.method, view.payload).as_slice())
+    }
+
+    /// The answer to what a client asks about the pod, if it is ready: the worker would take it from the same entry.
+    pub(crate) fn answer_about_pod(&self, asker: Asker, request: &[u8]) -> Option<Due> {
+        if !self.questions.contains_key(POD_KEY) {
+            return None;
+        }
+        let ready = self.ready_answer(request).filter(|ready| ready.key == POD_KEY && !ready.is_fallback && ready.signal.is_none())?;
+        Some(Due { asker, request_bytes: Some(request.len()), response: ready.answer.clone() })
     }
 
     /// Answers that are due because the worker takes too long, or because there is none (`at_once`): a fallback answer waits for the next

@@ -7,7 +7,6 @@ use anyhow::{Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::runner::needs_controller;
-use shim_tests::suite::{self, Suite};
 use shim_tests::{isolation, rootfs};
 
 const IMAGE: &str = "example.test/busybox:1";
@@ -43,9 +42,7 @@ fn import(cx: &Context) -> Result<()> {
     fs::write(folder.join("manifest.json"), manifest.to_string())?;
     let archive = cx.folder().join("image.tar");
     run(Command::new("tar").arg("-C").arg(&folder).arg("-cf").arg(&archive).args(["manifest.json", "config.json", "layer.tar"]))?;
-    // x-manager has no transfer service, by which the client of 2.x imports
-    let local = (cx.suite() == Suite::Forky && suite::manager().is_some()).then_some("--local");
-    run(ctr(cx).args(["images", "import"]).args(local).arg(&archive))?;
+    run(ctr(cx).args(["images", "import"]).arg(&archive))?;
     Ok(())
 }
 

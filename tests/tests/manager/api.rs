@@ -12,7 +12,7 @@ use containerd_client::services::v1::{
     AddResourceRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateRequest, DeleteContainerRequest,
     DeleteNamespaceRequest, DeleteRequest, DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest,
     ListNamespacesRequest, ListRequest, ListResourcesRequest, Namespace, PluginsRequest, PublishRequest, Resource, SubscribeRequest,
-    TransferRequest, UpdateContainerRequest, UpdateNamespaceRequest,
+    UpdateContainerRequest, UpdateNamespaceRequest,
 };
 use prost::Message as _;
 use prost_types::{Any, FieldMask};
@@ -269,10 +269,8 @@ pub(crate) async fn invalid_requests_are_refused_with_a_code(cx: Context) -> Res
     Ok(())
 }
 
-pub(crate) async fn transfers_are_unimplemented(cx: Context) -> Result<()> {
-    let client = cx.client();
-    let transfer = client.api().transfer().transfer(client.request(TransferRequest::default())).await;
-    refused(transfer, Code::Unimplemented, "x-manager does not serve /containerd.services.transfer.v1.Transfer/Transfer")
+pub(crate) async fn what_is_not_served_is_unimplemented(cx: Context) -> Result<()> {
+    refused(cx.client().unserved().await, Code::Unimplemented, "x-manager does not serve /containerd.services.none.v1.None/Nothing")
 }
 
 pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_no_other(cx: Context) -> Result<()> {

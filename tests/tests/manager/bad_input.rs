@@ -46,7 +46,7 @@ async fn prepare(client: &Client, key: &str, parent: &str, given: &[(&str, &str)
 
 async fn commit(client: &Client, key: &str, name: &str, given: &[(&str, &str)]) -> Answer<()> {
     let (snapshotter, key, name) = ("overlayfs".to_owned(), key.to_owned(), name.to_owned());
-    let request = CommitSnapshotRequest { snapshotter, key, name, labels: labels(given), ..CommitSnapshotRequest::default() };
+    let request = CommitSnapshotRequest { snapshotter, key, name, labels: labels(given) };
     client.api().snapshots().commit(client.request(request)).await.map(drop)
 }
 

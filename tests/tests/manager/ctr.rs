@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim_tests::context::Context;
 use shim_tests::eventually::SOON;
+use shim_tests::registry::Registry;
 use shim_tests::suite::Suite;
 use shim_tests::{isolation, rootfs, upload};
 
@@ -26,6 +27,8 @@ type Row = (&'static str, &'static [Suite], fn(&Ctr<'_>) -> Result<()>);
 
 const ALL: &[Suite] = &Suite::ALL;
 const NEWEST: &[Suite] = &[Suite::Forky];
+/// Those that can leave it to the daemon; 1.7 does it with `--local=false`.
+const WITH_TRANSFER: &[Suite] = &[Suite::Trixie, Suite::Forky];
 const WITH_SANDBOXES: &[Suite] = &[Suite::Trixie, Suite::Forky];
 
 const ROWS: &[Row] = &[
@@ -59,6 +62,7 @@ const ROWS: &[Row] = &[
     ("content ingest, get, ls, active, label, rm", ALL, content),
     ("images import --no-unpack, tag, ls, label, export, rm --sync", ALL, images),
     ("leases delete --sync", ALL, leases_sync),
+    ("images import, tag, push, export, pull by the daemon", WITH_TRANSFER, transfers),
 ];
 
 pub(crate) async fn every_subcommand_does_what_it_does_with_containerd(cx: Context) -> Result<()> {
@@ -563,6 +567,11 @@ fn content(ctr: &Ctr<'_>) -> Result<()> {
 
 /// An archive of an image without a layer that could be unpacked, and the digest of its manifest.
 fn archive(ctr: &Ctr<'_>, name: &str) -> Result<(String, String)> {
+    archive_of(ctr, name, b"no tar, but a layer", &[])
+}
+
+/// The same with a layer, and what the configuration says of it.
+fn archive_of(ctr: &Ctr<'_>, name: &str, layer: &[u8], diff_ids: &[String]) -> Result<(String, String)> {
     let folder = PathBuf::from(ctr.file("oci"));
     let blobs = folder.join("blobs/sha256");
     fs::create_dir_all(&blobs)?;
@@ -573,9 +582,9 @@ fn archive(ctr: &Ctr<'_>, name: &str) -> Result<(String, String)> {
         Ok(serde_json::json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() }))
     };
     let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    let config = serde_json::json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });
+    let config = serde_json::json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
     let config = put("config.v1+json", config.to_string().as_bytes())?;
-    let layer = put("layer.v1.tar", b"no tar, but a layer")?;
+    let layer = put("layer.v1.tar", layer)?;
     let kind = "application/vnd.oci.image.manifest.v1+json";
     let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
     let mut manifest = put("manifest.v1+json", manifest.to_string().as_bytes())?;
@@ -620,6 +629,67 @@ fn images(ctr: &Ctr<'_>) -> Result<()> {
     ensure!(left.is_empty(), "{left:?}");
     ensure!(ctr.run(&["images", "ls", "--quiet"])?.is_empty());
     Ok(())
+}
+
+/// Uses a registry, which serves from a thread of its own.
+fn with_registry(use_it: impl FnOnce(&Registry) -> Result<()>) -> Result<()> {
+    let (begun, begins) = std::sync::mpsc::channel();
+    let (end, ends) = tokio::sync::oneshot::channel::<()>();
+    let serving = std::thread::spawn(move || -> Result<()> {
+        let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        executor.block_on(async {
+            begun.send(Registry::start(None).await?)?;
+            // dropped, too, it is the end
+            let _ = ends.await;
+            Ok(())
+        })
+    });
+    let used = use_it(&begins.recv()?);
+    drop(end);
+    serving.join().map_err(|_| anyhow::anyhow!("the registry has panicked"))??;
+    used
+}
+
+fn transfers(ctr: &Ctr<'_>) -> Result<()> {
+    let by_daemon: &[&str] = if ctr.suite == Suite::Trixie { &["--local=false"] } else { &[] };
+    let folder = PathBuf::from(ctr.file("layer"));
+    fs::create_dir_all(&folder)?;
+    // content that another namespace has is not fetched
+    fs::write(folder.join("file"), &ctr.namespace)?;
+    let layer = Command::new("tar").arg("-c").arg("-C").arg(&folder).arg("file").output()?.stdout;
+    let (file, digest) = archive_of(ctr, "example.com/one:1", &layer, &[upload::digest("sha256", &layer)?])?;
+    let images = |command: &str, words: &[&str]| ctr.run(&[&["images", command][..], by_daemon, words].concat());
+    images("import", &[&file])?;
+    ensure!(ctr.run(&["snapshots", "ls"])?.lines().count() == 2, "{}", ctr.run(&["snapshots", "ls"])?);
+    has(&ctr.run(&["images", "check"])?, &["example.com/one:1", "complete (2/2)"])?;
+    with_registry(|registry| {
+        let name = registry.image("app:1");
+        images("tag", &["example.com/one:1", &name])?;
+        images("push", &[&name])?;
+        ensure!(registry.requests().iter().any(|request| request == "PUT /v2/app/manifests/1"), "{:?}", registry.requests());
+        let exported = ctr.file("by-daemon.tar");
+        images("export", &[&exported, &name])?;
+        let listed = finish({
+            let mut tar = Command::new("tar");
+            tar.arg("-tf").arg(&exported);
+            tar
+        })?;
+        has(&listed, &["oci-layout", "index.json", "manifest.json", &format!("blobs/sha256/{}", &digest[7..])])?;
+        for name in ["example.com/one:1", &name] {
+            ctr.run(&["images", "rm", "--sync", name])?;
+        }
+        ensure!(ctr.run(&["content", "ls", "--quiet"])?.is_empty());
+        let shown = images("pull", &[&name])?;
+        has(&shown, &["layer (", "complete"])?;
+        has(&ctr.run(&["images", "check"])?, &[&name, "complete (2/2)"])?;
+        has(&ctr.run(&["images", "ls"])?, &[&name, &digest])?;
+        ctr.run(&["images", "rm", "--sync", &name])?;
+        images("import", &[&exported])?;
+        ensure!(ctr.run(&["images", "ls", "--quiet"])?.trim() == name);
+        ctr.run(&["images", "rm", "--sync", &name])?;
+        ensure!(ctr.run(&["snapshots", "ls"])?.lines().count() == 1 && ctr.run(&["leases", "ls", "--quiet"])?.is_empty());
+        Ok(())
+    })
 }
 
 fn leases_sync(ctr: &Ctr<'_>) -> Result<()> {

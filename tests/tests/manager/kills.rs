@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use containerd_client::types::v1::Status as Phase;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
+use shim_tests::dice::Dice;
 use shim_tests::events::{Event, Events};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::{proc, suite};
@@ -32,17 +33,6 @@ fn number(name: &str) -> Option<u64> {
 /// Two seconds for each, and a minute.
 pub(crate) fn deadline() -> Duration {
     Duration::from_secs(60 + 2 * kills())
-}
-
-/// Numbers that look random and are the same for the same seed.
-#[derive(Debug, Clone)]
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % end
-    }
 }
 
 pub(crate) async fn random_kills_of_the_daemon_lose_nothing(cx: Context) -> Result<()> {
@@ -90,7 +80,7 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64, has_sand
                 let lane = Lane { cx, runtime, events, tally, number: lane, has_sandboxes };
                 lanes.spawn_local(lane.run(stopped.clone()));
             }
-            let mut dice = Dice(seed);
+            let mut dice = Dice::new(seed);
             for _crash in 0..crashes {
                 tokio::time::sleep(Duration::from_millis(dice.below(400))).await;
                 if has_sandboxes {
@@ -149,7 +139,7 @@ fn kill_a_worker(cx: &Context, dice: &mut Dice) {
 }
 
 /// Checks that `x-manager check` accepts the store of a killed daemon.
-async fn store_is_sound(cx: &Context) -> Result<()> {
+pub(crate) async fn store_is_sound(cx: &Context) -> Result<()> {
     let manager = suite::manager().context("x-manager is under test")?;
     let root = cx.daemon().folder().join("root");
     let output = tokio::task::spawn_blocking(move || Command::new(manager).arg("--root").arg(root).arg("check").output()).await??;
@@ -432,7 +422,7 @@ fn is_running(status: &Status) -> bool {
     ["running", "stopped"].iter().any(|word| status.message().contains(word))
 }
 
-fn is_a_crash(status: &Status) -> bool {
+pub(crate) fn is_a_crash(status: &Status) -> bool {
     // tonic reports Unknown for a connection that breaks in the middle of an answer
     let is_of_the_connection =
         status.code() == Code::Unknown && ["transport", "h2", "broken", "connection"].iter().any(|word| status.message().contains(word));

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::services::v1::{GetContainerRequest, TransferRequest};
+use containerd_client::services::v1::GetContainerRequest;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
@@ -144,7 +144,7 @@ pub(crate) async fn metrics_are_served_where_they_are_wanted(cx: Context) -> Res
         let client = own.client().await?;
         let get = client.request(GetContainerRequest { id: "none".to_owned() });
         ensure!(client.api().containers().get(get).await.is_err());
-        ensure!(client.api().transfer().transfer(client.request(TransferRequest::default())).await.is_err());
+        ensure!(client.unserved().await.is_err());
         let answer = ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")?;
         ensure!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         for line in

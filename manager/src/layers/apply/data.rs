@@ -8,16 +8,25 @@ use rustix::io::{Errno, pwrite};
 
 use crate::layers::tar::Reader;
 use crate::layers::{OnFile as _, Result};
+use crate::sys::writeback;
 
 /// Writes the data of the current entry to a new file.
 pub(super) fn write<R: BufRead>(file: &OwnedFd, size: u64, reader: &mut Reader<R>, path: &[u8]) -> Result<()> {
     // how far the file is written
-    let mut end = 0;
+    let (mut end, mut begun) = (0, 0);
     while let Some((offset, bytes)) = reader.data()? {
         for (at, run) in runs(offset, bytes) {
             write_all(file, run, at).file("write", path)?;
             end = at + run.len() as u64;
+            if end - begun >= WRITEBACK_BYTES {
+                // so that the commit of the snapshot waits for the last part only; if it fails, that reports it
+                let _ = writeback::begin(file, begun, end - begun);
+                begun = end;
+            }
         }
+    }
+    if begun > 0 && end > begun {
+        let _ = writeback::begin(file, begun, end - begun);
     }
     if end < size {
         ftruncate(file, size).file("set length of", path)?;
@@ -66,6 +75,8 @@ fn is_zero(bytes: &[u8]) -> bool {
     words.iter().all(|word| *word == [0; 32]) && rest.iter().all(|byte| *byte == 0)
 }
 
+/// Of one file. Smaller files are written when the kernel does so, or at the commit.
+const WRITEBACK_BYTES: u64 = 4 << 20;
 /// The smallest hole: smaller ones would only cut files into many extents.
 const PIECE_BYTES: usize = 32 << 10;
 

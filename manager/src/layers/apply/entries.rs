@@ -30,13 +30,14 @@ impl Layer {
         match &entry.kind {
             Kind::File { size } => {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let create = || openat(&place.folder, &*place.name, flags, Mode::RUSR | Mode::WUSR);
+                // nearly always the mode that it is to have, which is one call less; no one else can look into the folder
+                let create = || openat(&place.folder, &*place.name, flags, Mode::from_raw_mode(entry.mode & PERMISSIONS));
                 let file = self.replacing(place, create)?.file("make file", &place.path)?;
                 data::write(&file, *size, reader, &place.path)?;
                 self.file_attributes(&file, entry, &place.path)
             }
             Kind::Folder => {
-                let (folder, is_new) = self.folder_at(place)?;
+                let (folder, is_new) = self.folder_at(place, Mode::from_raw_mode(entry.mode & PERMISSIONS))?;
                 self.implicit.remove(&place.path);
                 if !is_new {
                     remove_attributes(folder.as_fd(), entry).file("remove attributes of", &place.path)?;
@@ -80,8 +81,8 @@ impl Layer {
     }
 
     /// The folder under a name, made unless it is there, and whether it was made.
-    pub(super) fn folder_at(&mut self, place: &Place) -> Result<(OwnedFd, bool)> {
-        let make = || mkdirat(&place.folder, &*place.name, Mode::RWXU);
+    pub(super) fn folder_at(&mut self, place: &Place, mode: Mode) -> Result<(OwnedFd, bool)> {
+        let make = || mkdirat(&place.folder, &*place.name, mode | Mode::RWXU);
         let (mut is_new, mut replaces) = (true, false);
         match make() {
             Err(Errno::EXIST) => match tree::look(place.folder.as_fd(), &place.name).file("look at", &place.path)? {
@@ -146,9 +147,15 @@ impl Layer {
     }
 
     fn file_attributes(&mut self, file: &OwnedFd, entry: &Entry, path: &[u8]) -> Result<()> {
+        let stat = fstat(file).file("look at", path)?;
         // in this order: a new owner takes away set-id bits and capabilities
-        fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid))).file("set owner of", path)?;
-        fchmod(file, Mode::from_raw_mode(entry.mode)).file("set mode of", path)?;
+        let has_owner = (stat.st_uid, stat.st_gid) == (entry.uid, entry.gid);
+        if !has_owner {
+            fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid))).file("set owner of", path)?;
+        }
+        if !has_owner || stat.st_mode & MODE != entry.mode & MODE {
+            fchmod(file, Mode::from_raw_mode(entry.mode)).file("set mode of", path)?;
+        }
         for (key, value) in attributes(entry) {
             match fsetxattr(file, key, value, XattrFlags::empty()) {
                 Err(error @ Errno::NOTSUP) => self.warn_of_attribute(path, key, error),
@@ -156,7 +163,7 @@ impl Layer {
             }
         }
         futimens(file, &tree::timestamps(entry.mtime)).file("set times of", path)?;
-        self.own.insert(fstat(file).file("look at", path)?.st_ino);
+        self.own.insert(stat.st_ino);
         Ok(())
     }
 
@@ -202,3 +209,8 @@ fn remove_attributes(folder: BorrowedFd<'_>, entry: &Entry) -> rustix::io::Resul
     }
     Ok(())
 }
+
+/// Of a mode: what a file can be made with.
+const PERMISSIONS: u32 = 0o777;
+/// The same with the bits that a new owner takes away.
+const MODE: u32 = 0o7777;

@@ -28,7 +28,6 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use log::warn;
 use rustix::fs::{AtFlags, FlockOperation, Stat, flock, utimensat};
@@ -36,7 +35,7 @@ use rustix::io::Errno;
 
 use super::decode::{Compression, Decoder};
 use super::lower::Lowers;
-use super::ring::{Cancel, cancelled, ring};
+use super::ring::{Cancel, UntilCancelled, cancelled, ring};
 use super::tar::{Entry, Limits, Reader, TarError, Time, shown};
 use super::{LayerError, LayerLimits, OnFile as _, Result, tree};
 
@@ -59,9 +58,15 @@ pub(crate) struct Applied {
     pub(crate) compression: Compression,
     /// Folders that the layer has files in and no entry for, the root among them: their owner and mode should be those of the layers below.
     pub(crate) implicit: Vec<Vec<u8>>,
+    /// Whether it deletes something of the layers below.
+    pub(crate) has_whiteouts: bool,
+    /// Whether it can only be applied with the layers below known: it deletes everything of theirs, which the kernel has no mark for.
+    pub(crate) needs_lowers: bool,
 }
 
 /// Applies a layer, compressed or not, on this thread and another one, until it is done or cancelled.
+///
+/// Errors: [`LayerError::Busy`], before anything of the blob is read.
 pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLimits, cancel: &Cancel) -> Result<Applied> {
     let (path, lowers, is_overlay) = match target {
         Target::Upper(path, lowers) => (path, lowers, true),
@@ -69,7 +74,7 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
     };
     let root = tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes())?;
     lock(&root)?;
-    let decoder = Decoder::new(blob).map_err(TarError::Read)?;
+    let decoder = Decoder::new(UntilCancelled::new(blob, cancel)).map_err(TarError::Read)?;
     let compression = decoder.compression();
     let (filler, taker) = ring(limits.layer_bytes, cancel);
     thread::scope(|scope| {
@@ -86,21 +91,17 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
         let taker = reader.drain()?;
         layer.finish()?;
         let (diff_id, bytes) = taker.digest();
+        let (has_whiteouts, needs_lowers) = (layer.has_whiteouts, layer.needs_lowers);
         let implicit = layer.implicit.into_iter().collect();
-        Ok(Applied { diff_id, bytes, compression, implicit })
+        Ok(Applied { diff_id, bytes, compression, implicit, has_whiteouts, needs_lowers })
     })
 }
 
-/// Two layers at once would make one tree of both. The one that is there may be ending: a process that another has replaced cancels its own.
+/// Two layers at once would make one tree of both.
 fn lock(root: &OwnedFd) -> Result<()> {
-    let begin = Instant::now();
-    loop {
-        match flock(root, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK) if begin.elapsed() < PATIENCE => thread::sleep(PAUSE),
-            Err(Errno::WOULDBLOCK) => return Err(LayerError::Busy),
-            Err(error) => return Err(error).file("lock", b"/"),
-        }
+    match flock(root, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(LayerError::Busy),
+        locked => locked.file("lock", b"/"),
     }
 }
 
@@ -121,6 +122,8 @@ struct Layer {
     /// The folder of the last entry: the next is likely to be in it too.
     last: Option<(Vec<u8>, Rc<OwnedFd>)>,
     has_warned: bool,
+    has_whiteouts: bool,
+    needs_lowers: bool,
     bounds: Bounds,
 }
 
@@ -176,6 +179,8 @@ impl Layer {
             implicit: [Vec::new()].into(),
             last: None,
             has_warned: false,
+            has_whiteouts: false,
+            needs_lowers: false,
             bounds,
         }
     }
@@ -277,6 +282,3 @@ const NAMES_BYTES: usize = 512 << 20;
 const NAME_COSTS: usize = 128;
 /// Of the thread that decompresses.
 const STACK_BYTES: usize = 256 << 10;
-/// For another layer in the same folder.
-const PATIENCE: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(20);

@@ -8,15 +8,75 @@ use rustix::fs::{Gid, Mode, OFlags, SeekFrom, Stat, Uid, fchmod, fchown, fsetxat
 use rustix::io::Errno;
 
 use super::{Layer, Place, refused};
-use crate::layers::lower::Below;
+use crate::layers::lower::{Below, Lowers, Seen};
+use crate::layers::ring::cancelled;
 use crate::layers::tree::{self, Found};
 use crate::layers::{LayerError, OnFile as _, Result};
 
-/// A folder on the way, and whether lower layers are seen in it.
-struct Step {
+/// A folder on the way down.
+struct Way {
     folder: OwnedFd,
-    name: Vec<u8>,
-    shows_lower: bool,
+    path: Vec<u8>,
+    /// Of each folder from the root on: how long the path to it is, and whether lower layers are seen in it.
+    steps: Vec<(usize, bool)>,
+    /// What is seen of them here, if that is known.
+    seen: Option<Seen>,
+}
+
+impl Way {
+    fn top(layer: &Layer, entry: &[u8]) -> Result<Self> {
+        let folder = layer.root.try_clone().file("open folder of", entry)?;
+        Ok(Self { folder, path: Vec::new(), steps: vec![(0, true)], seen: None })
+    }
+
+    fn shows_lower(&self) -> bool {
+        self.steps.last().is_some_and(|(_length, shows_lower)| *shows_lower)
+    }
+
+    /// What lower layers have of a name here.
+    fn below(&mut self, lowers: &Lowers, name: &[u8]) -> rustix::io::Result<Below> {
+        let seen = match self.seen.take() {
+            Some(seen) => seen,
+            None => {
+                let names: Vec<_> = self.path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()).map(ToOwned::to_owned).collect();
+                lowers.seen(&names)?
+            }
+        };
+        let below = seen.find(name);
+        self.seen = Some(seen);
+        below
+    }
+
+    fn place(&self, name: &[u8]) -> rustix::io::Result<Place> {
+        let mut path = self.path.clone();
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name);
+        let folder = openat(&self.folder, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Place { path, folder: Rc::new(folder), name: name.to_owned() })
+    }
+
+    fn enter(&mut self, folder: OwnedFd, place: Place, shows_lower: bool) -> rustix::io::Result<()> {
+        self.seen = match self.seen.take() {
+            Some(seen) if shows_lower => Some(seen.enter(&place.name)?),
+            _ => None,
+        };
+        (self.folder, self.path) = (folder, place.path);
+        self.steps.push((self.path.len(), shows_lower));
+        Ok(())
+    }
+
+    /// To the folder above; that of the root is the root.
+    fn leave(&mut self) -> rustix::io::Result<()> {
+        if self.steps.len() > 1 {
+            self.steps.pop();
+            self.path.truncate(self.steps.last().map_or(0, |(length, _shows_lower)| *length));
+            self.folder = openat(&self.folder, "..", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            self.seen = None;
+        }
+        Ok(())
+    }
 }
 
 impl Layer {
@@ -39,31 +99,30 @@ impl Layer {
         Ok(folder)
     }
 
+    /// Its work grows with the path's length, and it has a few descriptors open, however deep that is.
     fn make_folders(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd> {
-        let root = self.root.try_clone().file("open folder of", entry)?;
-        let mut steps = vec![Step { folder: root, name: Vec::new(), shows_lower: true }];
+        let mut way = Way::top(self, entry)?;
         let mut todo: VecDeque<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
         let mut links = 0;
         while let Some(name) = todo.pop_front() {
+            if self.bounds.cancel.is_cancelled() {
+                return Err(cancelled()).file("make folder of", entry);
+            }
             match &*name {
                 b"" | b"." => continue,
                 b".." => {
-                    if steps.len() > 1 {
-                        steps.pop();
-                    }
+                    way.leave().file("open folder of", entry)?;
                     continue;
                 }
                 _ => {}
             }
-            let Some(step) = steps.last() else { break };
-            let found = tree::look(step.folder.as_fd(), &name).file("look at folder of", entry)?;
-            let here: Vec<Vec<u8>> = steps.iter().skip(1).map(|step| step.name.clone()).chain([name.clone()]).collect();
+            let found = tree::look(way.folder.as_fd(), &name).file("look at folder of", entry)?;
             let below = match found {
-                Found::Absent if step.shows_lower => self.lowers.find(&here).file("look below at folder of", entry)?,
+                Found::Absent if way.shows_lower() => way.below(&self.lowers, &name).file("look below at folder of", entry)?,
                 _ => Below::Absent,
             };
             let target = match (&found, &below) {
-                (Found::Symlink(_), _) => Some(tree::link_target(step.folder.as_fd(), &name).file("read link in path of", entry)?),
+                (Found::Symlink(_), _) => Some(tree::link_target(way.folder.as_fd(), &name).file("read link in path of", entry)?),
                 (_, Below::Symlink(target)) => Some(target.clone()),
                 _ => None,
             };
@@ -73,18 +132,18 @@ impl Layer {
                     return Err(refused(entry, "its folder is a link that leads to itself"));
                 }
                 if target.starts_with(b"/") {
-                    steps.truncate(1);
+                    way = Way::top(self, entry)?;
                 }
                 target.split(|byte| *byte == b'/').rev().for_each(|part| todo.push_front(part.to_owned()));
                 continue;
             }
-            let (shows_lower, parent) = (step.shows_lower, step.folder.try_clone().file("open folder of", entry)?);
-            let place = Place { path: here.join(&b'/'), folder: Rc::new(parent), name };
-            let step = match found {
+            let place = way.place(&name).file("open folder of", entry)?;
+            let shows_lower = way.shows_lower();
+            match found {
                 Found::Folder(_) => {
                     let folder = tree::open_folder(place.folder.as_fd(), &place.name).file("open folder of", entry)?;
                     let shows_lower = shows_lower && !tree::is_opaque(folder.as_fd());
-                    Step { folder, name: place.name, shows_lower }
+                    way.enter(folder, place, shows_lower).file("look below at folder of", entry)?;
                 }
                 Found::Other(stat) if self.is_own(&stat, &place.path) => {
                     return Err(refused(entry, "the layer has a file where this entry needs a folder"));
@@ -98,13 +157,11 @@ impl Layer {
                     if replaces && self.is_overlay {
                         self.set_opaque(&folder, &place.path)?;
                     }
-                    Step { folder, name: place.name, shows_lower: shows_lower && !replaces }
+                    way.enter(folder, place, shows_lower && !replaces).file("look below at folder of", entry)?;
                 }
-            };
-            steps.push(step);
+            }
         }
-        let folder = steps.pop().map(|step| step.folder);
-        folder.ok_or_else(|| refused(entry, "it has no folder"))
+        Ok(way.folder)
     }
 
     /// A folder like the one below; without one, root's, for all to read.
@@ -128,7 +185,8 @@ impl Layer {
     }
 
     /// Hides what lower layers have in a folder of that name.
-    pub(super) fn set_opaque(&self, folder: &OwnedFd, path: &[u8]) -> Result<()> {
+    pub(super) fn set_opaque(&mut self, folder: &OwnedFd, path: &[u8]) -> Result<()> {
+        self.has_whiteouts = true;
         match fsetxattr(folder, tree::OPAQUE, b"y", rustix::fs::XattrFlags::empty()) {
             Err(Errno::PERM | Errno::ACCESS | Errno::NOTSUP) => Err(LayerError::Refused {
                 name: super::shown(path),

@@ -32,7 +32,7 @@ fn seen(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         overlay(layer, &upper, &lowers).unwrap_or_else(|error| panic!("overlay: {}", crate::error::chain(&error)));
         if number == 0 {
             // as snapshots are committed
-            crate::layers::measure(&upper, Beneath::Nothing).expect("measured");
+            crate::layers::measure(&upper, Beneath::Nothing, &Cancel::default()).expect("measured");
         }
         uppers.push(upper);
     }
@@ -71,7 +71,7 @@ fn put_together(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         let lowers = Lowers::open(&below).expect("folders");
         crate::layers::rebase(upper, &lowers, &implicit[number]).expect("put right");
         let beneath = if number == 0 { Beneath::Nothing } else { Beneath::Layers(&lowers) };
-        crate::layers::measure(upper, beneath).expect("measured");
+        crate::layers::measure(upper, beneath, &Cancel::default()).expect("measured");
     }
     mounted(&folder, &uppers)
 }
@@ -658,4 +658,90 @@ fn names_of_folders_that_a_layer_has_kept_in_memory_are_bounded() {
         let error = refusals.next().expect("a refusal").expect_err("the first");
         assert!(error.to_string().contains("names of folders up to it have more than"), "{error}");
     }
+}
+
+/// The same bytes for ever.
+struct Endless {
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl std::io::Read for Endless {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = (self.bytes.len() - self.at).min(buffer.len());
+        buffer[..count].copy_from_slice(&self.bytes[self.at..self.at + count]);
+        self.at = (self.at + count) % self.bytes.len();
+        Ok(count)
+    }
+}
+
+#[test]
+fn a_layer_of_which_nothing_comes_ends_when_it_is_cancelled() {
+    let folder = scratch::Folder::new("endless");
+    let upper = new(&folder, "upper");
+    let empty = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()).finish().expect("memory");
+    // a frame of zstd that is skipped
+    let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0][..], &[0; 4]].concat();
+    for bytes in [empty, skipped] {
+        let cancel = Cancel::default();
+        let (cancels, target) = (cancel.guard(), upper.clone());
+        let (done, ends) = std::sync::mpsc::channel();
+        let begun = Endless { bytes: bytes.repeat(1000), at: 0 };
+        std::thread::spawn(move || {
+            let applied = apply(begun, Target::Merged(&target), LayerLimits::default(), &cancel);
+            let _ = done.send(applied.is_err());
+        });
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        drop(cancels);
+        assert_eq!(ends.recv_timeout(std::time::Duration::from_secs(20)), Ok(true));
+    }
+}
+
+#[test]
+fn a_deep_folder_costs_as_much_as_it_is_deep() {
+    let folder = scratch::Folder::new("deep");
+    let (lower, upper) = (new(&folder, "lower"), new(&folder, "upper"));
+    let deep = |name: &str| vec![name; 2000].join("/");
+    let mut archive = Archive::default();
+    for name in ["a", "b", "c", "d", "e"] {
+        archive = archive.file(deep(name), "x");
+    }
+    let archive = archive.end();
+    merge(&archive, &lower).expect("applied");
+    let begin = std::time::Instant::now();
+    overlay(&archive, &upper, &[&lower]).expect("applied");
+    // from the root again for each folder of them, it took a minute
+    assert!(begin.elapsed() < std::time::Duration::from_secs(15), "{:?}", begin.elapsed());
+    tree::remove(tree::open_root(&folder).expect("a folder").as_fd(), b"upper").expect("removed");
+    tree::remove(tree::open_root(&folder).expect("a folder").as_fd(), b"lower").expect("removed");
+}
+
+#[test]
+fn a_link_in_a_path_may_lead_up_again() {
+    let folder = scratch::Folder::new("up");
+    let upper = new(&folder, "upper");
+    let lowest = Archive::default().folder("a").folder("a/b").symlink("a/b/up", "../../x/./y").symlink("a/top", "/").folder("x").end();
+    merge(&lowest, &upper).expect("applied");
+    let layer = Archive::default().file("a/b/up/z/file", "1").file("a/top/w/file", "2").end();
+    merge(&layer, &upper).expect("applied");
+    assert_eq!(fs::read_to_string(upper.join("x/y/z/file")).expect("a file"), "1");
+    assert_eq!(fs::read_to_string(upper.join("w/file")).expect("a file"), "2");
+}
+
+#[test]
+fn a_deep_tree_is_measured_and_removed_with_few_descriptors() {
+    let folder = scratch::Folder::new("descriptors");
+    let target = new(&folder, "target");
+    merge(&Archive::default().file(vec!["a"; 1500].join("/"), "x").end(), &target).expect("applied");
+    let measured = crate::layers::measure(&target, Beneath::Known, &Cancel::default()).expect("measured");
+    assert_eq!(measured.inodes, 1501, "the root and all in it");
+    let most = std::cell::Cell::new(0);
+    let count = || most.set(most.get().max(fs::read_dir("/proc/self/fd").expect("descriptors").count()));
+    let mut keeps = |_stat: &Stat| {
+        count();
+        false
+    };
+    tree::clear(tree::open_root(&target).expect("a folder"), &mut keeps, &|| false).expect("removed");
+    assert!(most.get() < 700, "{} descriptors", most.get());
+    assert_eq!(fs::read_dir(&target).expect("a folder").count(), 0);
 }

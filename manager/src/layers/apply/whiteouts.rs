@@ -25,6 +25,7 @@ impl Layer {
     }
 
     pub(super) fn whiteout_at(&mut self, place: &Place) -> Result<()> {
+        self.has_whiteouts = true;
         match tree::look(place.folder.as_fd(), &place.name).file("look at", &place.path)? {
             Found::Absent if self.is_overlay && self.hides_something(&place.path)? => self.make_whiteout(place),
             Found::Absent | Found::Whiteout => Ok(()),
@@ -52,6 +53,7 @@ impl Layer {
 
     /// `.wh..wh..opq`: everything that lower layers have in this folder is deleted. Where they have a link, it is the link that goes.
     pub(super) fn opaque(&mut self, folders: &[&[u8]], entry: &[u8]) -> Result<()> {
+        self.has_whiteouts = true;
         let Some((name, above)) = folders.split_last() else { return self.opaque_root() };
         let folder = self.folder(&above.join(&b'/'), entry)?;
         let place = Place { path: folders.join(&b'/'), folder, name: (*name).to_owned() };
@@ -77,6 +79,7 @@ impl Layer {
 
     /// The kernel knows no opaque root.
     fn opaque_root(&mut self) -> Result<()> {
+        self.needs_lowers |= self.is_overlay && self.lowers.is_empty();
         let root = self.root.try_clone().file("open", b"/")?;
         self.clear(&root, b"")?;
         let root = Rc::new(root);

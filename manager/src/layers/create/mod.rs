@@ -55,8 +55,6 @@ pub(crate) enum Change {
 pub(crate) enum Times {
     /// Their own, in whole seconds; later ones than this one, where it is given, become it.
     Seconds(Option<i64>),
-    /// Their own: for copies.
-    Exact,
 }
 
 /// Writes a layer, compressed as asked, until it is done or cancelled.

@@ -206,10 +206,8 @@ impl<W: Write> Walk<'_, W> {
             FileType::Fifo => Kind::Fifo,
         };
         let exact = tree::mtime(stat);
-        let mtime = match self.times {
-            Times::Exact => exact,
-            Times::Seconds(latest) => Time { seconds: exact.seconds.min(latest.unwrap_or(i64::MAX)), nanos: 0 },
-        };
+        let Times::Seconds(latest) = self.times;
+        let mtime = Time { seconds: exact.seconds.min(latest.unwrap_or(i64::MAX)), nanos: 0 };
         let xattrs = if matches!(kind, Kind::HardLink { .. }) { Vec::new() } else { tree::xattrs(file.folder.as_fd(), file.name)? };
         Ok(Some(Entry { path, kind, mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid, mtime, xattrs }))
     }

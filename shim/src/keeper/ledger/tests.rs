@@ -154,6 +154,31 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
 }
 
 #[test]
+fn what_is_asked_about_a_pod_is_answered_from_its_entry_while_a_worker_serves() {
+    let mut ledger = Ledger::default();
+    let request = [0x0a, 1, b's', 0x12, 1, b'm'];
+    let offer = |ledger: &mut Ledger, key: &str, answer, is_fallback| {
+        let (key, service, method) = (key.to_owned(), "s".to_owned(), "m".to_owned());
+        let ready = Ready { key: key.clone(), service, method, payload: vec![], answer: vec![answer], is_fallback, signal: None };
+        drop(ledger.commit(&mut Commit { state: vec![(key, Some(vec![1]))], ready: vec![ready], ..Commit::default() }, Instant::now()));
+    };
+    let answer = |ledger: &Ledger| ledger.answer_about_pod(caller(1), &request).map(|due| (due.request_bytes, due.response));
+    assert_eq!(answer(&ledger), None);
+    offer(&mut ledger, POD_KEY, 1, false);
+    assert_eq!(answer(&ledger), Some((Some(6), vec![1])));
+    offer(&mut ledger, POD_KEY, 2, false);
+    assert_eq!(answer(&ledger), Some((Some(6), vec![2])));
+    offer(&mut ledger, POD_KEY, 3, true);
+    assert_eq!(answer(&ledger), None, "the worker knows a better one");
+    offer(&mut ledger, POD_KEY, 4, false);
+    ledger.commit(&mut Commit { state: vec![(POD_KEY.into(), None)], ..Commit::default() }, Instant::now());
+    assert_eq!(answer(&ledger), None, "the pod is gone");
+    // Of a container, the worker knows more.
+    offer(&mut ledger, "c", 5, false);
+    assert_eq!(answer(&ledger), None);
+}
+
+#[test]
 fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
     let mut ledger = Ledger::default();
     let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];

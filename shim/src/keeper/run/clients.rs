@@ -22,7 +22,11 @@ impl Keeper {
         }
         let (requests, is_connected) = self.relay.turn(id, &mut self.poll);
         for request in requests {
-            self.ledger.open_request(Asker::Client(request.caller), request.payload, now);
+            let asker = Asker::Client(request.caller);
+            match self.ledger.answer_about_pod(asker, &request.payload) {
+                Some(due) => self.answer(due),
+                None => drop(self.ledger.open_request(asker, request.payload, now)),
+            }
         }
         self.send_causes(now);
         if !is_connected {

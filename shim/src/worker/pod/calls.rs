@@ -51,12 +51,11 @@ pub(in crate::worker) fn create(shared: &Shared, call: CreateCall) -> Result<Cha
         return Err(refused("rootfs", "a pod without a pause process has no root file system".to_owned()));
     }
     let config = Config::blocking_read(&call.id, call.options.as_ref(), &call.network)?;
-    // What it would not be started with.
-    config.plan(&call.id)?;
     let record = Record::new(id, call.bundle, config);
-    cgroup::blocking_plan(&record)?;
+    // Refuses what it would not be started with.
+    let plan = Plan::blocking_make(&record)?;
     log::info!(sandbox:% = record.id, pod:% = record.config.name, namespace:% = record.config.namespace; "sandbox created");
-    *shared.pod.borrow_mut() = Some(Pod::new(record));
+    *shared.pod.borrow_mut() = Some(Rc::new(Pod::with_plan(record, Some(plan))));
     let pod = PodChange { save: true, expires_after_seconds: Some(settings::unstarted_pod_seconds()), ..PodChange::default() };
     Ok(Change { pod, ..Change::reply(Reply::Empty) })
 }
@@ -86,39 +85,64 @@ pub(in crate::worker) async fn start(shared: &Shared, cause: &Cause, id: &str, a
     }
 }
 
+/// What a pod is to have outside of its bundle.
+#[derive(Debug)]
+pub(super) struct Plan {
+    namespaces: x_engine::plan::Pod,
+    /// The cgroup above those of its containers, if it names one.
+    parent: Option<cgroup::Planned>,
+}
+
+impl Plan {
+    /// Plans a pod. For its cgroup, the host's mounts are read.
+    fn blocking_make(record: &Record) -> Result<Self, Error> {
+        Ok(Self { namespaces: record.config.plan(record.id.as_str())?, parent: cgroup::blocking_plan(record)? })
+    }
+}
+
 /// Returns the holder's pid, if there is one.
 async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option<u32>, Error> {
-    let record = pod.record().clone();
-    let plan = record.config.plan(record.id.as_str())?;
-    let planned = cgroup::blocking_plan(&record)?;
+    let planned = pod.plan.take();
+    let Plan { namespaces, parent } = match planned {
+        Some(plan) => plan,
+        None => Plan::blocking_make(&pod.record())?,
+    };
+    let is_held = namespaces.needs_holder();
+    let plan = engine::encode(&namespaces);
+    if !is_held {
+        // The keeper enters them while the rest is made. If that fails, the keeper returns from them.
+        let (made, entered) = tokio::join!(make_around(cause, pod, parent, apply), cause.perform(step::ENTER_POD, Op::EnterPod { plan }));
+        return made.and(entered).map(|()| None);
+    }
+    make_around(cause, pod, parent, apply).await?;
+    let order = Perform { key: POD_KEY.to_owned(), kind: PlanKind::Holder, plan, init: String::new(), terminal: false, pid: None };
+    let exited = cause.run_plan(step::HOLDER, order).await?;
+    let not_made = |failure: String| Error::PodNotMade { id: pod.record().id.clone(), failure };
+    let pid = engine::reported_pid_of_holder(&exited).map_err(not_made)?;
+    Ok(Some(pid))
+}
+
+/// Makes what is around the namespaces: the cgroup and the files, at the same time.
+async fn make_around(cause: &Cause, pod: &Rc<Pod>, parent: Option<cgroup::Planned>, apply: &impl Apply) -> Result<(), Error> {
+    let is_recorded = pod.record().cgroup != cgroup::Parent::default();
     // Recorded before it is made: a replay would take it for another's.
-    if let Some(planned) = planned.as_ref().filter(|_| record.cgroup == cgroup::Parent::default()) {
+    if let Some(planned) = parent.as_ref().filter(|_| !is_recorded) {
         pod.update(|record| record.cgroup = planned.blocking_parent());
         apply.apply(Change { pod: PodChange { save: true, ..PodChange::default() }, ..Change::default() });
         cause.until_taken(step::POD_RECORDED).await;
     }
     let record = pod.record().clone();
+    // Before the cgroup too: it is in the list from which `delete` removes it.
+    files::blocking_begin(&record)?;
     let with_files = record.clone();
-    blocking(move || {
-        files::blocking_make(&with_files)?;
-        let written = with_files.cgroup.leftovers().blocking_write(&with_files.bundle);
-        written.map_err(|source| Error::Io { op: "write", path: files::folder(&with_files), source })
-    })
-    .await?;
-    if let Some(planned) = planned {
-        planned.make(&record.cgroup).await?;
-    }
-    let is_held = plan.needs_holder();
-    let plan = engine::encode(&plan);
-    if !is_held {
-        cause.perform(step::ENTER_POD, Op::EnterPod { plan }).await?;
-        return Ok(None);
-    }
-    let order = Perform { key: POD_KEY.to_owned(), kind: PlanKind::Holder, plan, init: String::new(), terminal: false, pid: None };
-    let exited = cause.run_plan(step::HOLDER, order).await?;
-    let not_made = |failure: String| Error::PodNotMade { id: record.id.clone(), failure };
-    let pid = engine::reported_pid_of_holder(&exited).map_err(not_made)?;
-    Ok(Some(pid))
+    let cgroup = async {
+        match parent {
+            Some(planned) => planned.make(&record.cgroup).await,
+            None => Ok(()),
+        }
+    };
+    let (files, cgroup) = tokio::join!(blocking(move || files::blocking_make(&with_files)), cgroup);
+    files.and(cgroup)
 }
 
 /// Removes what a Start has made that failed. Failures are logged: the client gets the error that led here.

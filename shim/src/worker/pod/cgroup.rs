@@ -29,6 +29,7 @@ pub(in crate::worker) struct Parent {
 }
 
 /// A parent to be made.
+#[derive(Debug)]
 pub(super) struct Planned {
     folders: plan::Cgroup,
     unit: Option<plan::Unit>,
@@ -42,7 +43,7 @@ pub(super) fn blocking_plan(record: &Record) -> Result<Option<Planned>, Error> {
     }
     let has_systemd = systemd::blocking_is_running();
     let read = || {
-        let host = x_engine::Host::read()?;
+        let host = x_engine::Host::read_cgroups()?;
         if has_systemd { host.with_init() } else { Ok(host) }
     };
     let host = read().map_err(|source| Error::Io { op: "read", path: "/proc/self/mountinfo".into(), source })?;
@@ -71,7 +72,7 @@ impl Planned {
             (Some(unit), Some(_)) => start(unit).await,
             // It is there, or its folder is.
             _ if parent.made.is_empty() => Ok(()),
-            _ => control::make(&self.folders).map_err(failed),
+            _ => control::make(&self.folders, &parent.made).map_err(failed),
         }
     }
 }

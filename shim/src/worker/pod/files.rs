@@ -26,10 +26,17 @@ pub(super) fn folder(record: &Record) -> PathBuf {
     record.bundle.join(FOLDER)
 }
 
-/// Makes the files.
-pub(super) fn blocking_make(record: &Record) -> Result<(), Error> {
+/// Makes the folder, and in it the list of what the pod makes outside of its bundle.
+pub(super) fn blocking_begin(record: &Record) -> Result<(), Error> {
     let folder = folder(record);
     make_folder(&folder, 0o711)?;
+    let written = record.cgroup.leftovers().blocking_write(&record.bundle);
+    written.map_err(|source| Error::Io { op: "write", path: folder, source })
+}
+
+/// Makes the files. The folder must be there.
+pub(super) fn blocking_make(record: &Record) -> Result<(), Error> {
+    let folder = folder(record);
     let hostname = record.config.hostname.clone().map_or_else(host_name, Ok)?;
     write(&folder.join("hostname"), format!("{hostname}\n").as_bytes())?;
     write(&folder.join("hosts"), &copy_of("/etc/hosts")?)?;
@@ -140,6 +147,7 @@ mod tests {
         let read = |name: &str| fs::read_to_string(bundle.join("pod").join(name)).expect("a file");
         for _ in 0..2 {
             for _ in 0..2 {
+                blocking_begin(&record).expect("made");
                 blocking_make(&record).expect("made");
                 assert_eq!((read("hostname").as_str(), read("resolv.conf").as_str()), ("web\n", "nameserver 1.1.1.1\n"));
                 assert_eq!(read("hosts").as_bytes(), fs::read("/etc/hosts").unwrap_or_default());

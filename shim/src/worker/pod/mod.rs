@@ -33,6 +33,7 @@ pub(super) use join::{blocking_forget_journal, blocking_join, blocking_keep_jour
 pub(super) use record::{Record, Status};
 pub(super) use stop::{LINGER, exited, shutdown, shutdown_by_task, stop};
 
+use self::calls::Plan;
 use super::container::{Change, Shared};
 use super::error::Error;
 
@@ -44,6 +45,8 @@ pub(super) struct Pod {
     turn: tokio::sync::Mutex<()>,
     /// It is being stopped.
     is_stopping: Cell<bool>,
+    /// What Create has planned, for Start. None after a Start, and in a later worker generation.
+    plan: RefCell<Option<Plan>>,
 }
 
 /// Commits a change that ends no request.
@@ -54,7 +57,11 @@ pub(super) trait Apply {
 impl Pod {
     /// Makes the pod from its record.
     pub(super) fn new(record: Record) -> Rc<Self> {
-        Rc::new(Self { record: RefCell::new(record), turn: tokio::sync::Mutex::default(), is_stopping: Cell::default() })
+        Rc::new(Self::with_plan(record, None))
+    }
+
+    fn with_plan(record: Record, plan: Option<Plan>) -> Self {
+        Self { record: RefCell::new(record), turn: tokio::sync::Mutex::default(), is_stopping: Cell::default(), plan: RefCell::new(plan) }
     }
 
     pub(super) fn record(&self) -> Ref<'_, Record> {

@@ -15,22 +15,28 @@ use nix::poll::{PollFd, PollFlags, poll};
 use crate::plan::{Bandwidth, Cgroup, Folder, KEEP, Write};
 use crate::sys;
 
-/// Makes the folders of a cgroup, with their parents. Those that are there stay as they are.
-pub fn make(cgroup: &Cgroup) -> io::Result<()> {
-    cgroup.folders.iter().try_for_each(|folder| crate::perform::cgroup::make(folder).map(drop))
+/// Makes the folders of a cgroup, with their parents: those of a list by [`missing`]. Those that are there stay as they are.
+pub fn make(cgroup: &Cgroup, missing: &[PathBuf]) -> io::Result<()> {
+    cgroup.folders.iter().try_for_each(|folder| crate::perform::cgroup::make_missing(folder, missing))
 }
 
 /// The folders that [`make`] would make, each after those above it.
 #[must_use]
 pub fn missing(cgroup: &Cgroup) -> Vec<PathBuf> {
-    let missing_of = |folder: &Folder| {
-        let mount = PathBuf::from(&folder.mount);
-        let above = folder.absolute();
-        let mut missing: Vec<PathBuf> = above.ancestors().take_while(|path| *path != mount && !path.exists()).map(Path::to_owned).collect();
-        missing.reverse();
-        missing
-    };
-    cgroup.folders.iter().flat_map(missing_of).collect()
+    let (mut missing, mut last) = (Vec::new(), 0);
+    for folder in &cgroup.folders {
+        let (mount, path) = (Path::new(&folder.mount), folder.absolute());
+        let mut paths: Vec<&Path> = path.ancestors().take_while(|path| *path != mount).collect();
+        paths.reverse();
+        let is_there = |count: usize| count == 0 || paths[count - 1].exists();
+        // Mostly the hierarchies have the same folders, so as many are there as in the one before.
+        let is_as_last = last <= paths.len() && is_there(last) && (last == paths.len() || !is_there(last + 1));
+        if !is_as_last {
+            last = (1..=paths.len()).rev().find(|count| is_there(*count)).unwrap_or(0);
+        }
+        missing.extend(paths[last..].iter().map(|path| path.to_path_buf()));
+    }
+    missing
 }
 
 /// Freezes every process in a cgroup and below it, and waits until all are. On failure none is.
@@ -409,3 +415,32 @@ const FREEZING_FOR: Duration = Duration::from_micros(500);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LAST_PAUSE: Duration = Duration::from_millis(512);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Hierarchy;
+
+    #[test]
+    fn what_is_missing_is_found_in_each_hierarchy() {
+        let scratch = scratch::Folder::new("missing");
+        for path in ["a/x/y/z", "b/x/y/z", "c/x", "d/x/y", "e", "f/x"] {
+            fs::create_dir_all(scratch.join(path)).expect("folders");
+        }
+        let folder = |mount: &str| Folder {
+            mount: scratch.join(mount).display().to_string(),
+            path: "x/y/z".to_owned(),
+            hierarchy: Hierarchy::V1,
+            limits: Vec::new(),
+            controllers: Vec::new(),
+            of: Vec::new(),
+            devices: None,
+            owner: None,
+        };
+        let cgroup = Cgroup { folders: ["a", "b", "c", "d", "e", "f"].map(folder).to_vec(), placeholder: None };
+        let expected = ["c/x/y", "c/x/y/z", "d/x/y/z", "e/x", "e/x/y", "e/x/y/z", "f/x/y", "f/x/y/z"].map(|path| scratch.join(path));
+        assert_eq!(missing(&cgroup), expected);
+        make(&cgroup, &expected).expect("made");
+        assert_eq!(missing(&cgroup), Vec::<PathBuf>::new());
+    }
+}

@@ -1,8 +1,8 @@
 //! Facts about the host that a plan depends on.
 //!
 //! Owns their reading. They do not change while the host is up, but for the cgroup of the calling process.
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
 
 use crate::sys;
 
@@ -40,9 +40,13 @@ pub struct MountedHierarchy {
 impl Host {
     /// Reads the facts, for the calling process.
     pub fn read() -> io::Result<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-        let cgroups = fs::read_to_string("/proc/self/cgroup")?;
-        Ok(Self { hierarchies: with_controllers(hierarchies(&mounts, &cgroups)), ..Self::read_without_cgroups()? })
+        Ok(Self { hierarchies: Self::read_cgroups()?.hierarchies, ..Self::read_without_cgroups()? })
+    }
+
+    /// Reads what is enough for a plan of cgroups alone.
+    pub fn read_cgroups() -> io::Result<Self> {
+        let (mounts, cgroups) = (read_text("/proc/self/mountinfo")?, read_text("/proc/self/cgroup")?);
+        Ok(Self { hierarchies: with_controllers(hierarchies(&mounts, &cgroups)), ..Self::default() })
     }
 
     /// Reads what never changes, and is enough for another process of a container: all but the cgroups.
@@ -96,6 +100,16 @@ impl Host {
         Self { hierarchies: vec![unified], ..Self::example_v1() }
     }
 }
+
+/// Reads a file of procfs in few calls: each begins the kernel's list again, and what is in it has no size that would be known before.
+fn read_text(path: &str) -> io::Result<String> {
+    let mut text = String::with_capacity(READ_BYTES);
+    File::open(path)?.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The mounts of a host with a few containers.
+const READ_BYTES: usize = 8 << 10;
 
 /// The hierarchies of `/proc/self/cgroup` that are mounted, in the order of their mounts.
 fn hierarchies(mountinfo: &str, cgroups: &str) -> Vec<MountedHierarchy> {

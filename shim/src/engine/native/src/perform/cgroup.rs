@@ -209,23 +209,52 @@ fn allow_realtime(folder: &Folder) -> Result<(), Failure> {
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.
-pub(crate) fn make(folder: &Folder) -> io::Result<bool> {
+fn make(folder: &Folder) -> io::Result<bool> {
+    // Nothing is to be done to what is above it, which mostly is there.
+    if folder.hierarchy == Hierarchy::V1 {
+        return make_below(Path::new(&folder.mount), &folder.absolute());
+    }
     let mut path = PathBuf::from(&folder.mount);
-    let mut is_new = false;
+    let (mut is_new, mut cpuset) = (false, Cpuset::default());
     for part in folder.path.split('/').filter(|part| !part.is_empty()) {
         let parent = path.clone();
         path.push(part);
-        is_new = match fs::create_dir(&path) {
-            Ok(()) => true,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(error),
-        };
+        is_new = make_one(&path)?;
         if folder.hierarchy == Hierarchy::Cpuset {
-            fill(&parent, &path)?;
+            cpuset.fill(&parent, &path, is_new)?;
         }
         enable(&parent, &folder.controllers);
     }
     Ok(is_new)
+}
+
+/// Makes those folders of a list that are a folder or above it, as [`make`].
+pub(crate) fn make_missing(folder: &Folder, missing: &[PathBuf]) -> io::Result<()> {
+    if folder.hierarchy != Hierarchy::V1 {
+        return make(folder).map(drop);
+    }
+    let (mount, path) = (Path::new(&folder.mount), folder.absolute());
+    missing.iter().filter(|one| path.starts_with(one)).try_for_each(|one| make_below(mount, one).map(drop))
+}
+
+/// Whether it is new.
+fn make_one(path: &Path) -> io::Result<bool> {
+    match fs::create_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a folder, and what is missing between it and the mount. Whether it is new.
+fn make_below(mount: &Path, path: &Path) -> io::Result<bool> {
+    match (make_one(path), path.parent()) {
+        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound && parent != mount => {
+            make_below(mount, parent)?;
+            make_one(path)
+        }
+        (made, _) => made,
+    }
 }
 
 /// Gives a folder of cgroup v2 to a user: it, and the files with which its processes are moved and its controllers enabled. Limits stay the runtime's.
@@ -257,14 +286,25 @@ fn enable(folder: &Path, controllers: &[String]) {
     }
 }
 
-/// Gives a cpuset that has none the processors and memory nodes of its parent.
-fn fill(parent: &Path, folder: &Path) -> io::Result<()> {
-    for file in ["cpuset.cpus", "cpuset.mems"] {
-        if fs::read(folder.join(file))?.trim_ascii().is_empty() {
-            fs::write(folder.join(file), fs::read(parent.join(file))?)?;
+/// The processors and memory nodes of the cpuset that was last filled, by their files.
+#[derive(Debug, Default)]
+struct Cpuset([Option<Vec<u8>>; 2]);
+
+impl Cpuset {
+    /// Gives a cpuset that has none the processors and memory nodes of its parent. One that is new has none, or those of its parent already.
+    fn fill(&mut self, parent: &Path, folder: &Path, is_new: bool) -> io::Result<()> {
+        for (file, last) in ["cpuset.cpus", "cpuset.mems"].into_iter().zip(&mut self.0) {
+            let own = if is_new { Vec::new() } else { fs::read(folder.join(file))? };
+            if !own.trim_ascii().is_empty() {
+                *last = Some(own);
+                continue;
+            }
+            let value = last.take().map_or_else(|| fs::read(parent.join(file)), Ok)?;
+            fs::write(folder.join(file), &value)?;
+            *last = Some(value);
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Writes the limits, then attaches the program that decides about devices.
@@ -329,6 +369,45 @@ mod tests {
                 Err(failure) => assert!(!is_free && failure.step == Step::Taken, "{processes:?} {placeholder:?}: {failure:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_folder_is_made_with_those_above_it_but_not_without_its_mount() {
+        let scratch = scratch::Folder::new("parents");
+        let own = Folder { path: "a/b/c".to_owned(), hierarchy: Hierarchy::V1, ..folder(&scratch, "") };
+        assert!(make(&own).expect("made"));
+        assert!(!make(&own).expect("is there") && scratch.join("a/b/c").is_dir());
+        let beside = Folder { path: "a/d/e".to_owned(), ..own.clone() };
+        make_missing(&beside, &[scratch.join("a/d"), scratch.join("x"), scratch.join("a/d/e")]).expect("made");
+        assert!(scratch.join("a/d/e").is_dir() && !scratch.join("x").exists());
+        let elsewhere = Folder { mount: scratch.join("none").display().to_string(), ..own };
+        assert_eq!(make(&elsewhere).expect_err("no mount").kind(), io::ErrorKind::NotFound);
+        assert!(!scratch.join("none").exists());
+    }
+
+    #[test]
+    fn a_new_cpuset_has_what_the_one_above_it_has() {
+        let scratch = scratch::Folder::new("cpuset");
+        let write = |folder: &str, [cpus, mems]: [&str; 2]| {
+            fs::create_dir_all(scratch.join(folder)).expect("a folder");
+            fs::write(scratch.join(folder).join("cpuset.cpus"), cpus).expect("a file");
+            fs::write(scratch.join(folder).join("cpuset.mems"), mems).expect("a file");
+        };
+        write(".", ["0-3\n", "0-1\n"]);
+        write("a", ["\n", "1\n"]);
+        let own = Folder { path: "a/b/c".to_owned(), hierarchy: Hierarchy::Cpuset, ..folder(&scratch, "") };
+        for is_new in [true, false] {
+            assert_eq!(make(&own).expect("made"), is_new);
+            for name in ["a", "a/b", "a/b/c"] {
+                let read = |file: &str| fs::read_to_string(scratch.join(name).join(file)).expect("a file");
+                assert_eq!((read("cpuset.cpus"), read("cpuset.mems")), ("0-3\n".to_owned(), "1\n".to_owned()), "{name}");
+            }
+            // One that is there keeps what it has.
+            write("a/b/c", ["0-3\n", "1\n"]);
+        }
+        write("a/b/c", ["2\n", "1\n"]);
+        make(&own).expect("is there");
+        assert_eq!(fs::read_to_string(scratch.join("a/b/c/cpuset.cpus")).expect("a file"), "2\n");
     }
 
     #[test]

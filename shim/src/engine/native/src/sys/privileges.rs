@@ -40,13 +40,15 @@ pub(crate) fn set_no_new_privileges() -> io::Result<()> {
 
 /// The number of the kernel's last capability.
 pub(crate) fn last_capability() -> u32 {
-    (0..64)
-        .take_while(|number| {
-            // SAFETY: integers only.
-            unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(*number), 0, 0, 0) >= 0 }
-        })
-        .last()
-        .unwrap_or(0)
+    // SAFETY: integers only.
+    let is_known = |number: u32| unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(number), 0, 0, 0) >= 0 };
+    // Those that the kernel knows are the first of 64.
+    let (mut known, mut unknown) = (0, 64);
+    while known + 1 < unknown {
+        let middle = (known + unknown) / 2;
+        if is_known(middle) { known = middle } else { unknown = middle }
+    }
+    known
 }
 
 /// Removes a capability from the bounding set.

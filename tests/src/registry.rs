@@ -1,6 +1,7 @@
-//! A registry on loopback: it keeps what is pushed in memory, and asks for a name and a password if it has one.
+//! A registry on loopback: it keeps what is pushed in memory, and asks for a name and a password if it has one. A blob can be held: half of it
+//! is sent then, and the rest when it is released.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
@@ -8,23 +9,27 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{TcpListener, TcpStream};
 
 /// A registry, until it is dropped.
-pub(crate) struct Registry {
+#[derive(Debug)]
+pub struct Registry {
     port: u16,
     serving: tokio::task::JoinHandle<()>,
     store: Arc<Store>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Store {
     /// By path: manifests with their type, and blobs.
     files: Mutex<HashMap<String, (String, Vec<u8>)>>,
     requests: Mutex<Vec<String>>,
     password: Option<String>,
+    /// Digests of which half is sent only.
+    held: Mutex<HashSet<String>>,
+    released: tokio::sync::Notify,
 }
 
 impl Registry {
     /// Serves; `password` is `NAME:PASSWORD` in base 64.
-    pub(crate) async fn start(password: Option<&str>) -> Result<Self> {
+    pub async fn start(password: Option<&str>) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let port = listener.local_addr()?.port();
         let store = Arc::new(Store { password: password.map(str::to_owned), ..Store::default() });
@@ -38,12 +43,53 @@ impl Registry {
     }
 
     /// The name of an image there.
-    pub(crate) fn image(&self, name: &str) -> String {
+    pub fn image(&self, name: &str) -> String {
         format!("127.0.0.1:{}/{name}", self.port)
     }
 
+    /// Stores a blob, and returns its digest.
+    pub fn put_blob(&self, repository: &str, bytes: &[u8]) -> String {
+        let digest = digest(bytes);
+        let file = ("application/octet-stream".to_owned(), bytes.to_vec());
+        self.store.files.lock().expect("no panic under this lock").insert(format!("/v2/{repository}/blobs/{digest}"), file);
+        digest
+    }
+
+    /// Stores a manifest or an index under its digest and a tag, and returns its digest.
+    pub fn put_manifest(&self, repository: &str, tag: &str, media_type: &str, bytes: &[u8]) -> String {
+        let digest = digest(bytes);
+        let mut files = self.store.files.lock().expect("no panic under this lock");
+        for name in [&digest, tag] {
+            files.insert(format!("/v2/{repository}/manifests/{name}"), (media_type.to_owned(), bytes.to_vec()));
+        }
+        digest
+    }
+
+    /// Replaces what is stored under a digest by something else.
+    pub fn falsify_blob(&self, repository: &str, digest: &str, bytes: &[u8]) {
+        let file = ("application/octet-stream".to_owned(), bytes.to_vec());
+        self.store.files.lock().expect("no panic under this lock").insert(format!("/v2/{repository}/blobs/{digest}"), file);
+    }
+
+    /// Sends half of a blob only, until it is released.
+    pub fn hold(&self, digest: &str) {
+        self.store.held.lock().expect("no panic under this lock").insert(digest.to_owned());
+    }
+
+    /// Sends all of every blob.
+    pub fn release(&self) {
+        self.store.held.lock().expect("no panic under this lock").clear();
+        self.store.released.notify_waiters();
+    }
+
+    /// How often a blob was asked for.
+    pub fn fetches(&self, digest: &str) -> usize {
+        let is_fetch = |request: &&String| request.starts_with("GET ") && request.ends_with(&format!("/blobs/{digest}"));
+        self.requests().iter().filter(is_fetch).count()
+    }
+
     /// Method and path of each request.
-    pub(crate) fn requests(&self) -> Vec<String> {
+    pub fn requests(&self) -> Vec<String> {
         self.store.requests.lock().expect("no panic under this lock").clone()
     }
 }
@@ -97,9 +143,25 @@ async fn one(socket: &mut BufReader<TcpStream>, store: &Store) -> Result<()> {
     let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nDocker-Distribution-API-Version: registry/2.0\r\n{more}\r\n");
     socket.get_mut().write_all(head.as_bytes()).await?;
     if method != "HEAD" {
-        socket.get_mut().write_all(&content).await?;
+        let name = target.rsplit('/').next().unwrap_or_default();
+        let (first, rest) = content.split_at(length / 2);
+        socket.get_mut().write_all(first).await?;
+        loop {
+            let released = store.released.notified();
+            if !store.held.lock().expect("no panic under this lock").contains(name) {
+                break;
+            }
+            released.await;
+        }
+        socket.get_mut().write_all(rest).await?;
     }
     Ok(())
+}
+
+fn digest(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    let hex: String = sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{hex}")
 }
 
 fn answer(method: &str, target: &str, headers: &HashMap<String, String>, body: Vec<u8>, store: &Store) -> (&'static str, String, Vec<u8>) {
@@ -118,19 +180,17 @@ fn answer(method: &str, target: &str, headers: &HashMap<String, String>, body: V
             ("201 Created", format!("Docker-Content-Digest: {digest}\r\n"), Vec::new())
         }
         "PUT" => {
-            use sha2::Digest as _;
-            let digest: String = sha2::Sha256::digest(&body).iter().map(|byte| format!("{byte:02x}")).collect();
+            let digest = digest(&body);
             let kind = headers.get("content-type").cloned().unwrap_or_default();
             let name = path.rsplit_once('/').map_or(path, |(name, _)| name);
-            files.insert(format!("{name}/sha256:{digest}"), (kind.clone(), body.clone()));
+            files.insert(format!("{name}/{digest}"), (kind.clone(), body.clone()));
             files.insert(path.to_owned(), (kind, body));
-            ("201 Created", format!("Docker-Content-Digest: sha256:{digest}\r\n"), Vec::new())
+            ("201 Created", format!("Docker-Content-Digest: {digest}\r\n"), Vec::new())
         }
         _ => match files.get(path) {
             Some((kind, content)) => {
-                use sha2::Digest as _;
-                let digest: String = sha2::Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
-                ("200 OK", format!("Content-Type: {kind}\r\nDocker-Content-Digest: sha256:{digest}\r\n"), content.clone())
+                let digest = digest(content);
+                ("200 OK", format!("Content-Type: {kind}\r\nDocker-Content-Digest: {digest}\r\n"), content.clone())
             }
             None => ("404 Not Found", String::new(), Vec::new()),
         },

@@ -1,0 +1,360 @@
+//! `containerd.services.streaming.v1.Streaming`: streams that a client opens under a name, for another of its calls to use.
+//!
+//! ```text
+//! StreamInit{id} ─▶ named ─▶ an empty message: ready ─▶ taken by a Transfer ─▶ messages, both ways ─▶ closed by either end
+//!                     └─ not taken for a while: closed
+//! ```
+//! **Invariant:** a stream is taken once. What one holds is bounded: a few messages, each as long as a client of these streams sends at most.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use containerd_client::services::v1::StreamInit;
+use containerd_client::to_any;
+use containerd_client::types::transfer::{Data, WindowUpdate};
+use hyper::body::Bytes;
+use prost_types::Any;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::call::Call;
+use crate::error::{Error, Object, Result};
+use crate::name::Namespace;
+
+type Key = (Namespace, String);
+
+/// The service, and the streams that nothing has taken yet.
+#[derive(Debug, Default)]
+pub(crate) struct Streams {
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    /// Each with a number of its own: an id may be used again.
+    streams: HashMap<Key, (u64, Stream)>,
+    last: u64,
+}
+
+/// This end of a stream.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    incoming: mpsc::Receiver<Result<Any>>,
+    outgoing: mpsc::Sender<Result<Any, Status>>,
+}
+
+impl Streams {
+    pub(super) async fn stream(
+        self: Arc<Self>,
+        call: Call,
+        mut requests: Streaming<Any>,
+    ) -> Result<impl tokio_stream::Stream<Item = Result<Any, Status>>> {
+        let namespace = call.namespace()?;
+        let first = tokio::time::timeout(OPENED, requests.message()).await;
+        let first = first.map_err(|_elapsed| Error::Invalid(format!("no message came within {OPENED:?}")))?;
+        let first = first.map_err(gone)?.ok_or_else(|| Error::Invalid("a stream begins with its id".to_owned()))?;
+        let init: StreamInit = decode(&first).ok_or_else(|| Error::Invalid("a stream begins with StreamInit".to_owned()))?;
+        call.answered();
+        let (received, incoming) = mpsc::channel(MESSAGES);
+        let (outgoing, answers) = mpsc::channel(MESSAGES);
+        // there is room
+        let _ = outgoing.try_send(Ok(Any { type_url: "google.protobuf.Empty".to_owned(), value: Vec::new() }));
+        let key = (namespace, init.id);
+        let number = self.add(key.clone(), Stream { incoming, outgoing })?;
+        let (open, closed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let forwarding = async {
+                forward(&call, requests, received).await;
+                // what a client has sent may be taken when it has sent everything
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = forwarding => {}
+                // closed by either end
+                _ = closed => {}
+                () = self.expire(&key, number) => {}
+            }
+            self.remove(&key, number);
+        });
+        Ok(Answers { stream: ReceiverStream::new(answers), _open: open })
+    }
+
+    fn add(&self, key: Key, stream: Stream) -> Result<u64> {
+        let id = &key.1;
+        if id.is_empty() || id.len() > MAX_ID_BYTES {
+            let bytes = id.len();
+            return Err(Error::Invalid(format!("a stream id of {bytes} bytes; it must not be empty, nor longer than {MAX_ID_BYTES}")));
+        }
+        let mut open = self.open();
+        if open.streams.len() >= MOST_STREAMS {
+            return Err(Error::Exhausted(format!("{MOST_STREAMS} streams are open that no call uses")));
+        }
+        open.last += 1;
+        let number = open.last;
+        match open.streams.entry(key) {
+            Entry::Occupied(taken) => Err(Error::AlreadyExists(Object::Stream(taken.key().1.clone()))),
+            Entry::Vacant(place) => {
+                place.insert((number, stream));
+                Ok(number)
+            }
+        }
+    }
+
+    /// Takes a stream for a call.
+    pub(super) fn take(&self, namespace: &Namespace, id: &str) -> Result<Stream> {
+        let taken = self.open().streams.remove(&(namespace.clone(), id.to_owned()));
+        taken.map(|(_number, stream)| stream).ok_or_else(|| Error::NotFound(Object::Stream(id.to_owned())))
+    }
+
+    /// Returns when a stream that no call has taken is to be closed.
+    async fn expire(&self, key: &Key, number: u64) {
+        tokio::time::sleep(UNUSED).await;
+        let is_unused = self.open().streams.get(key).is_some_and(|(other, _)| *other == number);
+        if !is_unused {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn remove(&self, key: &Key, number: u64) {
+        let mut open = self.open();
+        if open.streams.get(key).is_some_and(|(other, _)| *other == number) {
+            open.streams.remove(key);
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is sent to the client, until either end closes the stream.
+struct Answers {
+    stream: ReceiverStream<Result<Any, Status>>,
+    _open: oneshot::Sender<()>,
+}
+
+impl tokio_stream::Stream for Answers {
+    type Item = Result<Any, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Pin::new(&mut self.stream).poll_next(cx)
+    }
+}
+
+/// Passes on what comes, until the client has sent everything, or is gone.
+async fn forward(call: &Call, mut requests: Streaming<Any>, received: mpsc::Sender<Result<Any>>) {
+    loop {
+        let message = match requests.message().await {
+            Ok(None) => return,
+            Ok(Some(message)) if message.value.len() > MESSAGE_BYTES => {
+                let length = message.value.len();
+                Err(Error::Exhausted(format!("a message of {length} bytes in a stream; the most is {MESSAGE_BYTES}")))
+            }
+            Ok(Some(message)) => Ok(message),
+            Err(status) => Err(gone(status)),
+        };
+        call.answered();
+        let is_last = message.is_err();
+        if received.send(message).await.is_err() || is_last {
+            return;
+        }
+    }
+}
+
+fn gone(status: Status) -> Error {
+    Error::Remote { code: status.code(), message: format!("the client's stream has ended: {}", status.message()) }
+}
+
+/// A message, if it is one of that type.
+pub(super) fn decode<M: prost::Message + prost::Name + Default>(any: &Any) -> Option<M> {
+    let name = any.type_url.rsplit('/').next().unwrap_or_default();
+    (name == M::full_name()).then(|| M::decode(any.value.as_slice()).ok()).flatten()
+}
+
+impl Stream {
+    /// The next message; none when the client has sent everything.
+    pub(super) async fn receive(&mut self) -> Result<Option<Any>> {
+        let next = tokio::time::timeout(IDLE, self.incoming.recv()).await;
+        let next = next.map_err(|_elapsed| Error::Exhausted(format!("nothing came in the client's stream for {IDLE:?}")))?;
+        next.transpose()
+    }
+
+    /// Sends a message, as soon as the client has room for it.
+    pub(super) async fn send(&self, message: Any) -> Result<()> {
+        let sent = tokio::time::timeout(IDLE, self.outgoing.send(Ok(message))).await;
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Error::Remote { code: tonic::Code::Cancelled, message: "the client has closed its stream".to_owned() }),
+            Err(_elapsed) => Err(Error::Exhausted(format!("the client has read nothing of its stream for {IDLE:?}"))),
+        }
+    }
+
+    /// Receives all bytes of a stream of data, and tells the sender how many it may send: many, so that it never waits for that.
+    pub(super) async fn receive_bytes(mut self, to: mpsc::Sender<Result<Bytes>>) {
+        let mut granted = 0;
+        loop {
+            let next = self.next_bytes(&mut granted).await;
+            let message = match next {
+                Ok(None) => return,
+                Ok(Some(bytes)) => Ok(bytes),
+                Err(error) => Err(error),
+            };
+            let is_last = message.is_err();
+            if to.send(message).await.is_err() || is_last {
+                return;
+            }
+        }
+    }
+
+    async fn next_bytes(&mut self, granted: &mut i64) -> Result<Option<Bytes>> {
+        loop {
+            if *granted < i64::from(WINDOW_BYTES / 2) {
+                // a client that has sent everything takes no more
+                let _ = self.send(to_any(&WindowUpdate { update: WINDOW_BYTES })).await;
+                *granted += i64::from(WINDOW_BYTES);
+            }
+            let Some(message) = self.receive().await? else { return Ok(None) };
+            let Some(Data { data }) = decode(&message) else {
+                let kind: String = message.type_url.chars().take(100).collect();
+                return Err(Error::Invalid(format!("{kind:?} in a stream of data")));
+            };
+            *granted -= i64::try_from(data.len()).unwrap_or(i64::MAX);
+            if !data.is_empty() {
+                return Ok(Some(data.into()));
+            }
+        }
+    }
+
+    /// Sends all bytes as the client grants it.
+    pub(super) async fn send_bytes(mut self, mut from: mpsc::Receiver<Bytes>) -> Result<()> {
+        let mut granted: i64 = 0;
+        while let Some(mut bytes) = from.recv().await {
+            while !bytes.is_empty() {
+                while granted <= 0 {
+                    let Some(message) = self.receive().await? else {
+                        return Err(Error::Invalid("the client has closed its stream before everything was sent".to_owned()));
+                    };
+                    let Some(WindowUpdate { update }) = decode(&message) else {
+                        return Err(Error::Invalid("a stream that receives data sends updates of its window only".to_owned()));
+                    };
+                    granted = granted.saturating_add(i64::from(update.max(0)));
+                }
+                let most = usize::try_from(granted).unwrap_or(usize::MAX).min(DATA_BYTES);
+                let part = bytes.split_to(most.min(bytes.len()));
+                granted -= i64::try_from(part.len()).unwrap_or(i64::MAX);
+                self.send(to_any(&Data { data: part.to_vec() })).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// For the first message.
+const OPENED: Duration = Duration::from_secs(30);
+/// For the call that uses a stream.
+const UNUSED: Duration = Duration::from_secs(600);
+/// For the next message of a client: its source may be slow.
+const IDLE: Duration = Duration::from_secs(1800);
+/// On their way, in each direction.
+const MESSAGES: usize = 8;
+/// Clients send 32 KiB.
+const MESSAGE_BYTES: usize = 1 << 20;
+/// As much as containerd sends, and its clients expect.
+const DATA_BYTES: usize = 32 << 10;
+/// What a sender may send before the next update. HTTP/2 bounds what is on its way.
+const WINDOW_BYTES: i32 = 8 << 20;
+/// Not taken by a call.
+const MOST_STREAMS: usize = 1024;
+const MAX_ID_BYTES: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Ends = (Stream, mpsc::Sender<Result<Any>>, mpsc::Receiver<Result<Any, Status>>);
+
+    fn stream() -> Ends {
+        let (client, incoming) = mpsc::channel(MESSAGES);
+        let (outgoing, answers) = mpsc::channel(MESSAGES);
+        (Stream { incoming, outgoing }, client, answers)
+    }
+
+    fn key(id: &str) -> Key {
+        (Namespace::parse("n").expect("a name"), id.to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_taken_once_and_its_id_is_free_then() {
+        let streams = Streams::default();
+        let number = streams.add(key("a"), stream().0).expect("free");
+        assert_eq!(streams.add(key("a"), stream().0).expect_err("taken").code(), tonic::Code::AlreadyExists);
+        let namespace = Namespace::parse("n").expect("a name");
+        assert!(streams.take(&Namespace::parse("other").expect("a name"), "a").is_err());
+        streams.take(&namespace, "a").expect("it is there");
+        assert_eq!(streams.take(&namespace, "a").expect_err("taken").code(), tonic::Code::NotFound);
+        let next = streams.add(key("a"), stream().0).expect("free again");
+        streams.remove(&key("a"), number);
+        assert!(next != number && streams.take(&namespace, "a").is_ok(), "another one of the same name stays");
+        for bad in ["", &"x".repeat(MAX_ID_BYTES + 1)] {
+            assert_eq!(streams.add(key(bad), stream().0).expect_err("bad").code(), tonic::Code::InvalidArgument);
+        }
+        for number in 0..MOST_STREAMS {
+            streams.add(key(&number.to_string()), stream().0).expect("there is room");
+        }
+        assert_eq!(streams.add(key("more"), stream().0).expect_err("full").code(), tonic::Code::ResourceExhausted);
+    }
+
+    #[tokio::test]
+    async fn a_sender_is_granted_mibs_at_once_and_never_more_than_it_counts() {
+        let (ours, client, mut answers) = stream();
+        let (to, mut bytes) = mpsc::channel(1);
+        let receiving = tokio::spawn(ours.receive_bytes(to));
+        let mut granted: i64 = 0;
+        let mut sent: i64 = 0;
+        let data = Bytes::from(vec![7; DATA_BYTES]);
+        while sent < 20 << 20 {
+            while let Ok(update) = answers.try_recv() {
+                let update: WindowUpdate = decode(&update.expect("no error")).expect("an update");
+                granted += i64::from(update.update);
+                assert!(granted < i64::from(i32::MAX));
+            }
+            if granted > 0 {
+                client.send(Ok(to_any(&Data { data: data.to_vec() }))).await.expect("it receives");
+                granted -= DATA_BYTES as i64;
+                sent += DATA_BYTES as i64;
+                assert_eq!(bytes.recv().await.expect("bytes").expect("no error").len(), DATA_BYTES);
+            } else {
+                tokio::task::yield_now().await;
+            }
+        }
+        client.send(Ok(to_any(&WindowUpdate { update: 1 }))).await.expect("it receives");
+        assert!(bytes.recv().await.expect("an error").is_err(), "no data");
+        receiving.await.expect("no panic");
+    }
+
+    #[tokio::test]
+    async fn no_more_is_sent_than_was_granted() {
+        let (ours, client, mut answers) = stream();
+        let (from, bytes) = mpsc::channel(1);
+        let sending = tokio::spawn(ours.send_bytes(bytes));
+        from.send(Bytes::from(vec![7; 100_000])).await.expect("it takes them");
+        let (mut got, mut granted) = (0, 0);
+        while got < 100_000 {
+            client.send(Ok(to_any(&WindowUpdate { update: 30_000 }))).await.expect("it receives");
+            granted += 30_000;
+            while got < granted.min(100_000) {
+                let data: Data = decode(&answers.recv().await.expect("data").expect("no error")).expect("data");
+                got += data.data.len();
+                assert!(got <= granted && data.data.len() <= DATA_BYTES);
+            }
+        }
+        drop(from);
+        sending.await.expect("no panic").expect("all is sent");
+        assert!(answers.recv().await.is_none(), "it is closed");
+    }
+}

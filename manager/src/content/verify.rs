@@ -1,0 +1,84 @@
+//! Verification: every blob is read, and what is not what its digest says is taken away, so that the next pull brings it again.
+//!
+//! ```text
+//! each file ─▶ hashed ─▶ as named: stays
+//!                      └▶ otherwise: taken away; its rows stay ─▶ a client that writes that digest finds no file, and writes it
+//! ```
+
+use std::sync::Arc;
+
+use log::warn;
+
+use super::{Content, Digest};
+use crate::error::Result;
+use crate::store::blobs;
+
+/// What a verification has found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Verified {
+    /// Blobs whose bytes are right.
+    pub(crate) sound: usize,
+    /// Blobs that were not, and were taken away.
+    pub(crate) damaged: Vec<Digest>,
+    /// Blobs that a namespace has, and of which there is no file.
+    pub(crate) missing: Vec<Digest>,
+}
+
+impl Content {
+    /// Reads all blobs, one after the other, until its caller does not wait any more.
+    ///
+    /// Errors: [`crate::error::Error::Retired`]; what was found damaged is taken away.
+    pub(crate) async fn verify(&self) -> Result<Verified> {
+        let files = Arc::clone(&self.files);
+        let mut verified = Verified::default();
+        for digest in self.pool.run(move || files.all()).await?? {
+            drop(self.gate.enter().await?);
+            let (files, gate, of) = (Arc::clone(&self.files), self.gate.clone(), digest.clone());
+            // a blob that is being removed, or named anew, is another file
+            match self.pool.run(move || files.verify(&of, &|| gate.is_retired())).await? {
+                Ok(Some(true)) => verified.sound += 1,
+                Ok(None) => {}
+                Ok(Some(false)) => {
+                    if self.take_damaged(&digest).await? {
+                        verified.damaged.push(digest);
+                    }
+                }
+                // the disk does not give its bytes
+                Err(error) => {
+                    warn!(digest:%, error = error.chain(); "cannot read a blob");
+                    if self.take_damaged(&digest).await? {
+                        verified.damaged.push(digest);
+                    }
+                }
+            }
+        }
+        let known = self.store.read_beside(blobs::digests).await?;
+        let files = Arc::clone(&self.files);
+        let known = known.iter().filter_map(|digest| Digest::of(digest));
+        let known: Vec<_> = known.filter(|digest| !verified.damaged.contains(digest)).collect();
+        let missing = move || known.into_iter().filter(|digest| files.size(digest).is_none()).collect();
+        verified.missing = self.pool.run(missing).await?;
+        Ok(verified)
+    }
+
+    /// Takes a file away that was found damaged, unless it was written again meanwhile.
+    async fn take_damaged(&self, digest: &Digest) -> Result<bool> {
+        // no blob is named meanwhile
+        let _nothing_is_named = self.publishing.write().await;
+        let _pass = self.gate.enter().await?;
+        let (files, gate, of) = (Arc::clone(&self.files), self.gate.clone(), digest.clone());
+        let is_taken = self
+            .pool
+            .run(move || match files.verify(&of, &|| gate.is_retired()) {
+                Ok(Some(true) | None) => Ok(false),
+                Ok(Some(false)) | Err(_) => files.take_away(&of).map(|taken| taken.is_some()),
+            })
+            .await??;
+        if is_taken {
+            warn!(digest:%; "a blob was damaged, and is taken away: pull its image again");
+            // the next collection that looks for all removes it
+            self.has_left.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+        Ok(is_taken)
+    }
+}

@@ -1,0 +1,472 @@
+//! Importing: images from an archive, as `docker save` and OCI tools write them.
+//!
+//! ```text
+//! files of the archive ─▶ content, each when it comes ─▶ index.json, or an index made of manifest.json ─▶ unpacked ─▶ named
+//! ```
+//! **Invariants:** a blob that its name says is of a digest is of that digest. No name is given to an image of which something is missing.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use containerd_client::events::ContentCreate;
+use hyper::body::Bytes;
+use log::debug;
+use serde::{Deserialize, Serialize};
+use tokio::task::{JoinError, JoinSet};
+
+use super::archive::{self, Incoming, Part, Parts};
+use super::document::{Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, OCI_INDEX, RawDescriptor};
+use super::lease::{Lease, Place};
+use super::names::{IMAGE_NAME, REF_NAME, Wanted, normalized, tag};
+use super::progress::{Progress, word};
+use super::tree::{Documents as _, Selection, Tree};
+use super::{Transfers, of};
+use crate::content::{Digest, Opening, Writer};
+use crate::error::{Error, Object, Result};
+use crate::name::Namespace;
+
+/// What to import.
+#[derive(Debug)]
+pub(crate) struct Import {
+    pub(crate) place: Place,
+    /// The archive as it arrives.
+    pub(crate) bytes: Incoming,
+    pub(crate) wanted: Wanted,
+    /// Whether layers of `docker save` are compressed that are not.
+    pub(crate) compresses: bool,
+    pub(crate) progress: Progress,
+}
+
+/// A file of an archive that is content now.
+#[derive(Debug, Clone)]
+struct File {
+    digest: Digest,
+    size: u64,
+    /// Its first bytes.
+    magic: Vec<u8>,
+}
+
+/// Everything that an archive has.
+#[derive(Debug, Default)]
+struct Contents {
+    files: HashMap<String, File>,
+    links: HashMap<String, String>,
+    /// Those that are read as a whole.
+    documents: HashMap<String, Vec<u8>>,
+}
+
+impl Contents {
+    /// A file, perhaps by another name.
+    fn find(&self, path: &str) -> Option<&File> {
+        let mut path = archive::clean(path.as_bytes())?;
+        for _ in 0..MOST_LINKS {
+            match self.links.get(&path) {
+                Some(target) => path.clone_from(target),
+                None => break,
+            }
+        }
+        self.files.get(&path)
+    }
+
+    fn add(&mut self, done: Option<Result<Result<(String, File)>, JoinError>>) -> Result<()> {
+        let Some(done) = done else { return Ok(()) };
+        let (path, file) = done.unwrap_or_else(|source| Err(Error::Panicked { what: "an import", source }))?;
+        self.files.insert(path, file);
+        Ok(())
+    }
+}
+
+impl Transfers {
+    /// Imports an archive, and returns the names of its images. It ends with its caller; what is there by then is collected.
+    pub(crate) async fn import(self: &Arc<Self>, import: Import) -> Result<Vec<String>> {
+        let lease = self.lease(&import.place).await?;
+        let imported = self.import_under(&lease, import).await;
+        let ended = lease.end().await;
+        let names = imported?;
+        ended?;
+        Ok(names)
+    }
+
+    async fn import_under(self: &Arc<Self>, lease: &Lease, import: Import) -> Result<Vec<String>> {
+        let Import { place, bytes, wanted, compresses, progress } = import;
+        let namespace = &place.namespace;
+        progress.say("Importing".to_owned());
+        let parts = Parts::read(self.archives.clone(), bytes);
+        let contents = self.take(namespace, lease.id(), parts, &progress).await?;
+        let index = self.index(namespace, lease.id(), &contents, compresses).await?;
+        drop(contents);
+        // what an archive does not have of all platforms was not saved
+        let skips_missing = wanted.selection.platforms.are_all();
+        let selection = Selection { skips_missing, ..wanted.selection.clone() };
+        let found = |part: &Descriptor, parents: &[String]| progress.waits(part, parents);
+        let tree = Tree::follow(&self.stored(namespace), &index, &selection, found).await?;
+        let entries = self.entries(namespace, &index).await?;
+        let has = |entry: &&Descriptor| {
+            let is_there = |digest: &Digest| tree.nodes.iter().any(|node| node.descriptor.digest == *digest);
+            tree.manifests.iter().any(|manifest| manifest.top == entry.digest) || !entry.kind().is_document() && is_there(&entry.digest)
+        };
+        let present: Vec<_> = entries.iter().filter(has).collect();
+        if present.is_empty() {
+            return Err(Error::Invalid(format!("the archive has nothing for {}", selection.platforms)));
+        }
+        let plans = self.plan(namespace, &tree, &wanted).await?;
+        self.unpack(namespace, lease.id(), plans, false, &progress).await?;
+        let mut images = wanted.whole(&index);
+        images.extend(present.iter().flat_map(|entry| wanted.imported(entry)));
+        if images.is_empty() {
+            images.extend(present.iter().flat_map(|entry| wanted.by_digest(entry)));
+        }
+        if images.is_empty() {
+            return Err(Error::Invalid("no image of the archive has a name that begins as it should".to_owned()));
+        }
+        let mut seen = HashSet::new();
+        let names: Vec<_> = images.iter().map(|image| image.name.clone()).filter(|name| seen.insert(name.clone())).collect();
+        let targets: Vec<_> = images.iter().map(|image| (image.name.clone(), image.target.clone())).collect();
+        self.record(namespace, &tree, None, images, place.lease.as_deref()).await?;
+        debug!(images = names.len(), blobs = tree.nodes.len(); "archive imported");
+        for (name, target) in targets {
+            if let Ok(target) = Descriptor::from_wire(&target.unwrap_or_default()) {
+                progress.image(word::SAVED, &name, &target);
+            }
+        }
+        progress.say("Completed import".to_owned());
+        Ok(names)
+    }
+
+    /// Makes content of an archive's files as they come.
+    async fn take(self: &Arc<Self>, namespace: &Namespace, lease: &str, mut parts: Parts, progress: &Progress) -> Result<Contents> {
+        let mut contents = Contents::default();
+        let mut commits: JoinSet<Result<(String, File)>> = JoinSet::new();
+        while let Some(part) = parts.next().await? {
+            let (path, size) = match part {
+                Part::File { path, size } => (path, size),
+                Part::Link { path, target } => {
+                    contents.links.insert(path, target);
+                    continue;
+                }
+                Part::Bytes(_) | Part::End(_) => continue,
+            };
+            if contents.files.len() + contents.links.len() + commits.len() >= MOST_FILES {
+                return Err(Error::Invalid(format!("the archive has more than {MOST_FILES} files")));
+            }
+            match Use::of(&path) {
+                Use::None => {}
+                Use::Document if size > DOCUMENT_BYTES => {
+                    return Err(Error::Invalid(format!("{path} of the archive has {size} bytes; it may have {DOCUMENT_BYTES} at most")));
+                }
+                Use::Document => {
+                    let mut document = Vec::new();
+                    while let Some(bytes) = parts.bytes().await? {
+                        document.extend_from_slice(&bytes);
+                    }
+                    contents.documents.insert(path, document);
+                }
+                Use::Blob(expected) => {
+                    let unnamed = || format!("import-{lease}-{}", contents.files.len() + commits.len());
+                    let opening = Opening {
+                        namespace: namespace.clone(),
+                        reference: expected.as_ref().map_or_else(unnamed, |digest| format!("import-{digest}")),
+                        total: size,
+                        expected,
+                        lease: Some(lease.to_owned()),
+                    };
+                    let (writer, magic) = self.write(&opening, &mut parts, &path, progress).await?;
+                    commits.spawn(Arc::clone(self).commit(opening, path, writer, magic));
+                    if commits.len() > COMMITS {
+                        contents.add(commits.join_next().await)?;
+                    }
+                }
+            }
+        }
+        while let Some(done) = commits.join_next().await {
+            contents.add(Some(done))?;
+        }
+        Ok(contents)
+    }
+
+    /// Writes a file as it comes, unless the store has it. Returns its writer, if there is something to commit, and its first bytes.
+    async fn write(&self, opening: &Opening, parts: &mut Parts, path: &str, progress: &Progress) -> Result<(Option<Writer>, Vec<u8>)> {
+        let size = opening.total;
+        let mut writer = match self.open(opening).await {
+            Err(Error::AlreadyExists(_)) => None,
+            writer => Some(writer?),
+        };
+        let mut is_needed = false;
+        if let Some(writer) = &mut writer {
+            let has = writer.progress()?.offset;
+            // another namespace may have all of it
+            is_needed = opening.expected.is_none() || has != size;
+            if is_needed && has > 0 {
+                // what another import has left
+                writer.truncate().await?;
+            }
+        }
+        // clients shorten what ends with a digest
+        let shown = opening.expected.as_ref().map_or_else(|| path.to_owned(), |digest| format!("blob-{digest}"));
+        let (mut magic, mut done) = (Vec::new(), 0);
+        while let Some(bytes) = parts.bytes().await? {
+            magic.extend_from_slice(&bytes[..bytes.len().min(MAGIC_BYTES - magic.len())]);
+            done += bytes.len() as u64;
+            if let Some(writer) = writer.as_mut().filter(|_| is_needed) {
+                writer.write(bytes).await?;
+            }
+            if size >= WORTH_SHOWING_BYTES {
+                progress.named(word::IMPORTING, &shown, done, size);
+            }
+        }
+        if done != size {
+            return Err(Error::Invalid(format!("the archive ends within {path}")));
+        }
+        if size >= WORTH_SHOWING_BYTES {
+            progress.named(word::COMPLETE, &shown, size, size);
+        }
+        Ok((writer, magic))
+    }
+
+    /// Makes content of a file that has come; its disk is waited for while the next one comes.
+    async fn commit(self: Arc<Self>, opening: Opening, path: String, writer: Option<Writer>, magic: Vec<u8>) -> Result<(String, File)> {
+        let Opening { namespace, total: size, expected, .. } = opening;
+        let Some(mut writer) = writer else {
+            let digest = expected.ok_or_else(|| Error::Invalid(format!("{path} of the archive has no digest")))?;
+            return Ok((path, File { digest, size, magic }));
+        };
+        let found = writer.progress()?.digest;
+        let digest = expected.unwrap_or(found);
+        match writer.commit(size, Some(&digest), HashMap::new()).await {
+            Ok(digest) => {
+                let event = ContentCreate { digest: digest.to_string(), size: i64::try_from(size).unwrap_or(i64::MAX) };
+                self.events.publish(&namespace, "/content/create", &event);
+            }
+            Err(Error::AlreadyExists(_)) => {}
+            Err(Error::Precondition(why)) => return Err(Error::Invalid(format!("{path} of the archive: {why}"))),
+            Err(error) => return Err(error),
+        }
+        Ok((path, File { digest, size, magic }))
+    }
+
+    /// Makes content of a document.
+    async fn put(&self, namespace: &Namespace, lease: &str, media_type: &str, bytes: Vec<u8>) -> Result<Descriptor> {
+        let descriptor = Descriptor::new(media_type, Digest::of_bytes(&bytes), bytes.len() as u64);
+        let opening = Opening {
+            namespace: namespace.clone(),
+            reference: descriptor.reference(),
+            total: descriptor.size,
+            expected: Some(descriptor.digest.clone()),
+            lease: Some(lease.to_owned()),
+        };
+        let mut writer = match self.open(&opening).await {
+            Err(Error::AlreadyExists(_)) => return Ok(descriptor),
+            writer => writer?,
+        };
+        if writer.progress()?.offset != descriptor.size {
+            writer.truncate().await?;
+            writer.write(Bytes::from(bytes)).await?;
+        }
+        match writer.commit(descriptor.size, Some(&descriptor.digest), HashMap::new()).await {
+            Ok(_) | Err(Error::AlreadyExists(_)) => Ok(descriptor),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The index of an archive: its own, or one that is made.
+    async fn index(&self, namespace: &Namespace, lease: &str, contents: &Contents, compresses: bool) -> Result<Descriptor> {
+        let Some(layout) = contents.documents.get("oci-layout") else {
+            return match contents.documents.get("manifest.json") {
+                Some(manifest) => self.of_docker(namespace, lease, contents, manifest, compresses).await,
+                None => Err(Error::Invalid(
+                    "the archive has neither index.json and oci-layout nor manifest.json: it is no archive of images".to_owned(),
+                )),
+            };
+        };
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Layout {
+            image_layout_version: String,
+        }
+        let wrong = |error| Error::Invalid(format!("oci-layout of the archive: {error}"));
+        let Layout { image_layout_version: version } = serde_json::from_slice(layout).map_err(wrong)?;
+        if version != LAYOUT_VERSION {
+            let shown: String = version.chars().take(20).collect();
+            return Err(Error::Invalid(format!("an OCI layout of version {shown}; {LAYOUT_VERSION} is supported")));
+        }
+        let index = contents.documents.get("index.json");
+        let index = index.ok_or_else(|| Error::Invalid("the archive has oci-layout, and no index.json".to_owned()))?;
+        self.put(namespace, lease, OCI_INDEX, index.clone()).await
+    }
+
+    /// Makes the manifests and the index that `docker save` has not written before its version 25.
+    async fn of_docker(
+        &self,
+        namespace: &Namespace,
+        lease: &str,
+        contents: &Contents,
+        manifest: &[u8],
+        compresses: bool,
+    ) -> Result<Descriptor> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Saved {
+            config: String,
+            repo_tags: Option<Vec<String>>,
+            layers: Option<Vec<String>>,
+        }
+        let wrong = |error| Error::Invalid(format!("manifest.json of the archive: {error}"));
+        let saved: Vec<Saved> = serde_json::from_slice(manifest).map_err(wrong)?;
+        let missing = |path: &str| {
+            let shown: String = path.chars().take(200).collect();
+            Error::Invalid(format!("manifest.json of the archive names {shown:?}, which the archive does not have"))
+        };
+        let mut entries = Vec::new();
+        for image in saved {
+            let config = contents.find(&image.config).ok_or_else(|| missing(&image.config))?;
+            let config = Descriptor::new(DOCKER_CONFIG, config.digest.clone(), config.size);
+            let mut layers = Vec::new();
+            for path in image.layers.unwrap_or_default() {
+                let layer = contents.find(&path).ok_or_else(|| missing(&path))?;
+                let media_type = layer_type(&layer.magic);
+                let layer = if compresses && media_type == PLAIN_LAYER {
+                    let (digest, size) = self.compress(namespace, lease, &layer.digest).await?;
+                    Descriptor::new(GZIP_LAYER, digest, size)
+                } else {
+                    Descriptor::new(media_type, layer.digest.clone(), layer.size)
+                };
+                layers.push(RawDescriptor::from(&layer));
+            }
+            let manifest = NewDocument {
+                schema_version: 2,
+                media_type: DOCKER_MANIFEST,
+                config: Some(RawDescriptor::from(&config)),
+                layers: Some(layers),
+                manifests: None,
+            };
+            let mut entry = self.put(namespace, lease, DOCKER_MANIFEST, json(&manifest)?).await?;
+            let bytes = self.stored(namespace).read(&config).await?.ok_or_else(|| missing(&image.config))?;
+            entry.platform = Configuration::parse(&bytes).map_err(of(&config.digest))?.platform;
+            let names = image.repo_tags.unwrap_or_default();
+            if names.is_empty() {
+                entries.push(RawDescriptor::from(&entry));
+            }
+            for name in names {
+                let whole = normalized(&name);
+                entry.annotations.insert(REF_NAME.to_owned(), tag(&whole));
+                entry.annotations.insert(IMAGE_NAME.to_owned(), whole);
+                entries.push(RawDescriptor::from(&entry));
+            }
+        }
+        let index = NewDocument { schema_version: 2, media_type: OCI_INDEX, config: None, layers: None, manifests: Some(entries) };
+        self.put(namespace, lease, OCI_INDEX, json(&index)?).await
+    }
+
+    /// What an index of an archive leads to itself.
+    async fn entries(&self, namespace: &Namespace, index: &Descriptor) -> Result<Vec<Descriptor>> {
+        let gone = || Error::NotFound(Object::ContentDigest(index.digest.to_string()));
+        let bytes = self.stored(namespace).read(index).await?.ok_or_else(gone)?;
+        match Document::parse(&bytes, &index.media_type).map_err(of(&index.digest))?.0 {
+            Document::Index(entries) => Ok(entries),
+            Document::Manifest { .. } => Ok(vec![index.clone()]),
+        }
+    }
+}
+
+/// A document that is written.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct NewDocument {
+    schema_version: u8,
+    media_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    config: Option<RawDescriptor>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layers: Option<Vec<RawDescriptor>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    manifests: Option<Vec<RawDescriptor>>,
+}
+
+fn json(document: &NewDocument) -> Result<Vec<u8>> {
+    serde_json::to_vec(document).map_err(|error| Error::Invalid(format!("the index of the archive: {error}")))
+}
+
+/// What is done with a file of an archive.
+#[derive(Debug, PartialEq, Eq)]
+enum Use {
+    /// It is read as a whole.
+    Document,
+    /// Content, of a digest if its name says so.
+    Blob(Option<Digest>),
+    /// What old versions of Docker read.
+    None,
+}
+
+impl Use {
+    fn of(path: &str) -> Self {
+        if matches!(path, "oci-layout" | "index.json" | "manifest.json") {
+            return Self::Document;
+        }
+        let (folder, name) = path.rsplit_once('/').unwrap_or_default();
+        if path.is_empty() || path == "repositories" || (!folder.is_empty() && matches!(name, "VERSION" | "json")) {
+            return Self::None;
+        }
+        let digest = folder.strip_prefix("blobs/").and_then(|algorithm| Digest::of(&format!("{algorithm}:{name}")));
+        Self::Blob(digest)
+    }
+}
+
+/// By its first bytes.
+fn layer_type(magic: &[u8]) -> &'static str {
+    match magic {
+        [0x1f, 0x8b, ..] => GZIP_LAYER,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "application/vnd.docker.image.rootfs.diff.tar.zstd",
+        _ => PLAIN_LAYER,
+    }
+}
+
+pub(super) const LAYOUT_VERSION: &str = "1.0.0";
+const PLAIN_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
+const GZIP_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+/// Files whose disk is waited for, beside the one that comes.
+const COMMITS: usize = 4;
+const MAGIC_BYTES: usize = 4;
+const MOST_FILES: usize = 10_000;
+/// Links to links.
+const MOST_LINKS: usize = 8;
+const WORTH_SHOWING_BYTES: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_an_archive_is_used_by_its_name() {
+        let digest = Digest::of_bytes(b"x");
+        let path = format!("blobs/sha256/{}", digest.hex());
+        assert_eq!(Use::of(&path), Use::Blob(Some(digest)));
+        for (path, used) in [
+            ("index.json", Use::Document),
+            ("a/index.json", Use::Blob(None)),
+            ("repositories", Use::None),
+            ("0f/VERSION", Use::None),
+            ("0f/json", Use::None),
+            ("0f/layer.tar", Use::Blob(None)),
+            ("0f.json", Use::Blob(None)),
+            ("blobs/sha256/0f", Use::Blob(None)),
+            ("", Use::None),
+        ] {
+            assert_eq!(Use::of(path), used, "{path}");
+        }
+    }
+
+    #[test]
+    fn links_are_followed_within_the_archive_and_not_for_ever() {
+        let mut contents = Contents::default();
+        let file = File { digest: Digest::of_bytes(b"x"), size: 1, magic: Vec::new() };
+        contents.files.insert("a/layer.tar".to_owned(), file);
+        for (path, target) in [("b/layer.tar", "a/layer.tar"), ("c", "b/layer.tar"), ("loop", "loop"), ("gone", "nothing")] {
+            contents.links.insert(path.to_owned(), target.to_owned());
+        }
+        for (path, is_there) in
+            [("./a/layer.tar", true), ("b/layer.tar", true), ("c", true), ("loop", false), ("gone", false), ("../c", false)]
+        {
+            assert_eq!(contents.find(path).is_some(), is_there, "{path}");
+        }
+    }
+}

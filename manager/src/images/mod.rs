@@ -1,0 +1,121 @@
+//! Images: what brings them here, and sends them elsewhere.
+//!
+//! ```text
+//! registry ──pull──▶ ┌───────────────────────────────────┐ ──push──▶ registry
+//!                    │ content, names, unpacked snapshots │
+//! archive ──import─▶ └───────────────────────────────────┘ ──export─▶ archive
+//! ```
+//! The API's Transfer service calls these functions, and others may: wire types other than records of the store are unknown here.
+//!
+//! **Invariants:** a name leads to an image only when everything that was asked for of it is there and on the disk. What an interrupted transfer
+//! leaves is held by nothing. A digest that comes from outside is checked before it names anything.
+
+pub(crate) mod ahead;
+mod archive;
+mod compress;
+mod document;
+mod export;
+mod fetch;
+mod import;
+mod lease;
+mod names;
+pub(crate) mod plan;
+mod platform;
+mod progress;
+mod pull;
+mod push;
+mod record;
+#[allow(dead_code, unused_imports)] // its interface is larger than what transfers use
+pub(crate) mod registry;
+mod tag;
+mod tree;
+pub(crate) mod unpack;
+mod unpacking;
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+pub(crate) use export::Export;
+pub(crate) use import::Import;
+pub(crate) use lease::Place;
+pub(crate) use names::{NameRule, UnpackFor, Wanted};
+pub(crate) use platform::{Platform, Platforms};
+pub(crate) use progress::{Event, Progress, Reader};
+pub(crate) use pull::Pull;
+pub(crate) use push::Push;
+pub(crate) use record::{put, validate};
+pub(crate) use tree::Selection;
+
+use crate::content::{Content, Digest};
+use crate::error::Error;
+use crate::events::Exchange;
+use crate::gate::Gate;
+use crate::gc::Collector;
+use crate::pools::Pool;
+use crate::settings::TransferSettings;
+use crate::store::Store;
+use fetch::Flights;
+use unpack::Unpacker;
+
+/// Moves images.
+#[derive(Debug)]
+pub(crate) struct Transfers {
+    content: Arc<Content>,
+    store: Store,
+    events: Arc<Exchange>,
+    gate: Gate,
+    collector: Arc<Collector>,
+    unpacker: Unpacker,
+    /// Reads blobs.
+    pool: Pool,
+    /// Reads and writes archives.
+    archives: Pool,
+    /// Blobs that arrive at the same time, of all pulls.
+    downloads: Semaphore,
+    /// Blobs that are sent at the same time, of all pushes.
+    uploads: Semaphore,
+    flights: Flights,
+}
+
+/// What transfers work with.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) content: Arc<Content>,
+    pub(crate) store: Store,
+    pub(crate) events: Arc<Exchange>,
+    pub(crate) gate: Gate,
+    pub(crate) collector: Arc<Collector>,
+    pub(crate) unpacker: Unpacker,
+    pub(crate) pool: Pool,
+    pub(crate) archives: Pool,
+    pub(crate) settings: TransferSettings,
+}
+
+impl Transfers {
+    /// With these.
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts { content, store, events, gate, collector, unpacker, pool, archives, settings } = parts;
+        Self {
+            content,
+            store,
+            events,
+            gate,
+            collector,
+            unpacker,
+            pool,
+            archives,
+            downloads: Semaphore::new(settings.max_concurrent_downloads),
+            uploads: Semaphore::new(settings.max_concurrent_uploaded_layers),
+            flights: Flights::default(),
+        }
+    }
+}
+
+/// Says of what an error about a document is.
+fn of(digest: &Digest) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Invalid(sentence) => Error::Invalid(format!("{digest}: {sentence}")),
+        error => error,
+    }
+}

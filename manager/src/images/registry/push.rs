@@ -1,0 +1,190 @@
+//! What a registry is sent.
+//!
+//! ```text
+//! blob: HEAD ─▶ there: Exists
+//!         └▶ POST ?mount=&from= ─▶ 201: Mounted
+//!                     └▶ refused: POST ─▶ Location ─▶ PUT ?digest= ─▶ Uploaded
+//! ```
+//! An upload that breaks is repeated from its first byte. Only the first host that may be pushed to is.
+
+use std::sync::Arc;
+
+use hyper::Method;
+use hyper::body::Bytes;
+use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use log::debug;
+
+use super::attempts::{Task, first_of};
+use super::auth::Scope;
+use super::error::{Result, Why};
+use super::host::{Answer, Call, Host, Target};
+use super::http::Payload;
+use super::url::Url;
+use super::{Descriptor, Progress, Pushed, Registry, Source};
+use crate::content::Digest;
+
+impl Registry {
+    /// Pushes a blob. `mount_from` are repositories of the same registry that may have it, the likeliest first.
+    pub(crate) async fn push(
+        &self,
+        content: &Descriptor,
+        mount_from: &[String],
+        source: &dyn Source,
+        progress: Progress<'_>,
+    ) -> Result<Pushed> {
+        let hosts = self.push_host();
+        first_of(self.limits(), &self.pushing(content, None), &hosts, |host| async move {
+            let path = format!("/{}/blobs/{}", self.repository(), content.digest);
+            if self.exists(&host, &path, content).await?.is_some() {
+                return Ok(Pushed::Exists);
+            }
+            let location = match self.mount(&host, content, mount_from).await? {
+                Mount::Done => return Ok(Pushed::Mounted),
+                Mount::Upload(location) => location,
+                Mount::Refused => self.begin(&host, &[], &[self.own_scope()]).await?.1?,
+            };
+            self.upload(&host, location, content, source, progress).await?;
+            Ok(Pushed::Uploaded)
+        })
+        .await
+    }
+
+    /// Pushes a manifest or an index, under its digest, or under a tag as well.
+    pub(crate) async fn push_manifest(&self, content: &Descriptor, body: Bytes, tag: Option<&str>) -> Result<Pushed> {
+        let hosts = self.push_host();
+        let body = &body;
+        first_of(self.limits(), &self.pushing(content, tag), &hosts, |host| async move {
+            let name = tag.unwrap_or(content.digest.as_str());
+            let path = format!("/{}/manifests/{name}", self.repository());
+            // a tag may be there and lead to something else
+            let there = self.exists(&host, &path, content).await?;
+            if there.is_some_and(|digest| digest.as_ref().map_or(tag.is_none(), |digest| *digest == content.digest)) {
+                return Ok(Pushed::Exists);
+            }
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_TYPE, value(&content.media_type)?);
+            let (target, scopes) = (Target::Path(&path, &[]), [self.own_scope()]);
+            let call = Call { method: Method::PUT, target, headers, payload: Payload::Whole(body.clone()), scopes: &scopes };
+            let answer = host.call(&call).await?.expect(&STORED).await?;
+            is_same(&answer, &content.digest)?;
+            Ok(Pushed::Uploaded)
+        })
+        .await
+    }
+
+    /// Whether a host has that: some with the digest that it reports, if it does.
+    async fn exists(&self, host: &Host, path: &str, content: &Descriptor) -> Result<Option<Option<Digest>>, Why> {
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, value(&format!("{}, */*", content.media_type))?);
+        let (target, scopes) = (Target::Path(path, &[]), [self.own_scope()]);
+        let answer = host.call(&Call { method: Method::HEAD, target, headers, payload: Payload::None, scopes: &scopes }).await?;
+        match answer.response.status.as_u16() {
+            200 => Ok(Some(answer.response.header("docker-content-digest").and_then(Digest::of))),
+            // that it cannot be known is no reason not to push
+            400 | 403 | 404 | 405 => Ok(None),
+            401 if answer.is_redirected => Ok(None),
+            _ => Err(answer.expect(&[200]).await.map_or_else(|why| why, |_answer| Why::Protocol("it answers strangely".to_owned()))),
+        }
+    }
+
+    /// Asks for content of other repositories. Whatever a host has against it, the content can still be sent.
+    async fn mount(&self, host: &Host, content: &Descriptor, from: &[String]) -> Result<Mount, Why> {
+        for repository in from.iter().filter(|from| *from != self.repository()).take(MOUNTS) {
+            let scopes = [self.own_scope(), Scope { repository: repository.clone(), push: false }];
+            let query = [("mount", content.digest.as_str()), ("from", repository.as_str())];
+            match self.begin(host, &query, &scopes).await {
+                Ok((201, _none)) => return Ok(Mount::Done),
+                Ok((_, Ok(location))) => return Ok(Mount::Upload(location)),
+                Ok((_, Err(why))) | Err(why) => {
+                    debug!(host:% = host.name(), from = repository.as_str(), digest:% = content.digest, error:% = why; "a blob cannot be mounted");
+                }
+            }
+        }
+        Ok(Mount::Refused)
+    }
+
+    /// Begins an upload, or mounts. Returns the status, and where to send to.
+    async fn begin(&self, host: &Host, query: &[(&str, &str)], scopes: &[Scope]) -> Result<(u16, Result<Url, Why>), Why> {
+        let path = format!("/{}/blobs/uploads/", self.repository());
+        let call =
+            Call { method: Method::POST, target: Target::Path(&path, query), headers: HeaderMap::new(), payload: Payload::None, scopes };
+        let answer = host.call(&call).await?;
+        let status = answer.response.status.as_u16();
+        if !BEGUN.contains(&status) {
+            let mut answer = answer;
+            return Ok((status, Err(answer.refusal().await)));
+        }
+        let location = answer.response.header("location").unwrap_or_default();
+        let location = answer.url.join(location).map_err(|why| Why::Protocol(format!("its location for an upload is no URL: {why}")));
+        Ok((status, location))
+    }
+
+    async fn upload(
+        &self,
+        host: &Host,
+        location: Url,
+        content: &Descriptor,
+        source: &dyn Source,
+        progress: Progress<'_>,
+    ) -> Result<(), Why> {
+        let url = location.with("digest", content.digest.as_str());
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        let payload = match content.size {
+            0 => Payload::None,
+            size => Payload::Source { source, size, progress },
+        };
+        let scopes = [self.own_scope()];
+        let answer = host.call(&Call { method: Method::PUT, target: Target::Url(&url), headers, payload, scopes: &scopes }).await?;
+        if answer.response.status.as_u16() == 401 && !answer.is_redirected {
+            // the token has ended meanwhile; the next attempt has another
+            let mut answer = answer;
+            return Err(Why::Broken(format!("it ended the upload: {}", answer.refusal().await)));
+        }
+        is_same(&answer.expect(&STORED).await?, &content.digest)
+    }
+
+    fn push_host(&self) -> Vec<Arc<Host>> {
+        let mut hosts = self.hosts(|host| host.capabilities.push);
+        hosts.truncate(1);
+        hosts
+    }
+
+    fn pushing(&self, content: &Descriptor, tag: Option<&str>) -> Task {
+        let locator = self.reference().locator();
+        Task { op: "push", what: tag.map_or_else(|| format!("{locator}@{}", content.digest), |tag| format!("{locator}:{tag}")) }
+    }
+
+    fn own_scope(&self) -> Scope {
+        Scope { repository: self.repository().to_owned(), push: true }
+    }
+}
+
+enum Mount {
+    Done,
+    /// It was not mounted, but an upload has begun.
+    Upload(Url),
+    Refused,
+}
+
+fn value(text: &str) -> Result<HeaderValue, Why> {
+    HeaderValue::from_str(text).map_err(|_error| Why::Protocol("its media type cannot be sent".to_owned()))
+}
+
+/// What a host has stored is what it was sent, as far as it says.
+fn is_same(answer: &Answer, digest: &Digest) -> Result<(), Why> {
+    let got = answer.response.header("docker-content-digest").and_then(Digest::of);
+    match got {
+        Some(got) if got != *digest && got.algorithm() == digest.algorithm() => {
+            Err(Why::Protocol(format!("it has stored {got} instead of {digest}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Statuses of something that is stored: 201, and what some registries send instead.
+const STORED: [u16; 4] = [200, 201, 202, 204];
+/// Of an upload that has begun, or of a mount.
+const BEGUN: [u16; 4] = [200, 201, 202, 204];
+/// Repositories that a blob is asked for.
+const MOUNTS: usize = 3;
