@@ -298,7 +298,7 @@ pub(crate) async fn of_an_index_what_is_here_is_exported_and_pushed(cx: Context)
     remove(client, &name).await?;
     nothing_is_left(client).await?;
     import(client, archive.clone(), import_store()).await?;
-    ensure!(names(client).await? == [name.clone()]);
+    ensure!(names(client).await? == std::slice::from_ref(&name));
     ensure!(image(client, &name).await?.target.context("a target")?.digest == index["digest"]);
     ensure!(snapshots(client).await?.len() == 1);
     remove(client, &name).await?;
