@@ -19,7 +19,10 @@ use shim_tests::docker::{Docker, IMAGE};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::image_tools::{HeldPort, Registry};
 use shim_tests::runner::skip;
-use shim_tests::{proc, suite};
+use shim_tests::{operator, proc, suite};
+
+/// The length of a file in a layer.
+const LARGE: usize = 4 << 20;
 
 type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 
@@ -46,6 +49,7 @@ const ROWS: &[Row] = rows![
     "volumes are filled with what the image has there": volume,
     "a kill of dockerd: images are there, and containers run on (live-restore)": restart,
     "a kill of the daemon below: the same": crash,
+    "an upgrade of the daemon below in the middle of a pull: the pull goes on, containers run on": upgrade,
     "rm of a container whose lease, or snapshot, is gone": no_lease,
     "system prune --all frees everything": prune,
 ];
@@ -82,6 +86,18 @@ impl Bench {
         ensure!(output.status.success(), "{output:?}");
         self.id(name)?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// An image that is in the registry alone, with a layer of some MiB, and the port by which a pull of it stops in the middle of that.
+    fn held_image(&self) -> Result<(String, HeldPort)> {
+        let name = self.registry.image("a/large:1");
+        let mut large = fs::read("/proc/self/exe")?;
+        large.truncate(LARGE);
+        self.build_with(&name, &large, "CMD wc -c < /made")?;
+        self.docker.run(&["push", &name])?;
+        self.remove(&[&name])?;
+        let held = HeldPort::new(self.registry.port(), 1 << 20)?;
+        Ok((format!("127.0.0.1:{}/a/large:1", held.port()), held))
     }
 
     fn id(&self, name: &str) -> Result<String> {
@@ -462,6 +478,30 @@ async fn crash(bench: &Bench) -> Result<()> {
     is_kept(bench, &pid)
 }
 
+async fn upgrade(bench: &Bench) -> Result<()> {
+    // containerd has none
+    if suite::manager().is_none() {
+        return Ok(());
+    }
+    let before = bench.numbers().await?;
+    let daemon = bench.docker.context().daemon();
+    let (name, held) = bench.held_image()?;
+    bench.is_again(before).await?;
+    bench.docker.run(&["run", "--detach", "--network", "none", "--name", "it", IMAGE, "sleep", "1000"])?;
+    let mut pull = bench.docker.command(&["pull", "--quiet", &name]).stdout(Stdio::null()).spawn()?;
+    eventually_true("a layer is in the middle", SOON, || held.is_holding()).await?;
+    let printed = operator::printed(&mut operator::upgrade(daemon)?)?;
+    held.release();
+    let status = pull.wait()?;
+    ensure!(status.success(), "the pull: {status}");
+    daemon.is_succeeded_by(printed.split(' ').nth(1).context("a pid")?.parse()?).await?;
+    ensure!(bench.output_of(&name, &[])? == LARGE.to_string());
+    ensure!(bench.docker.run(&["exec", "it", "echo", "hello"])? == "hello");
+    bench.docker.run(&["rm", "--force", "it"])?;
+    bench.remove(&[&name])?;
+    bench.is_again(before).await
+}
+
 fn is_kept(bench: &Bench, pid: &str) -> Result<()> {
     ensure!(bench.docker.run(&["exec", "it", "cat", "/twice"])? == "keptkept");
     ensure!(bench.docker.inspect("it", ".State.Pid")? == pid && bench.output_of("kept", &[])? == "keptkept");
@@ -508,13 +548,7 @@ async fn prune(bench: &Bench) -> Result<()> {
 pub(crate) async fn a_pull_that_is_pruned_meanwhile_ends_well(cx: Context) -> Result<()> {
     needs_manager()?;
     let bench = Bench::start(&cx).await?;
-    let name = bench.registry.image("a/large:1");
-    let mut large = fs::read("/proc/self/exe")?;
-    large.truncate(4 << 20);
-    bench.build_with(&name, &large, "CMD wc -c < /made")?;
-    bench.docker.run(&["push", &name])?;
-    let held = HeldPort::new(bench.registry.port(), 1 << 20)?;
-    let name = format!("127.0.0.1:{}/a/large:1", held.port());
+    let (name, held) = bench.held_image()?;
     bench.docker.run(&["system", "prune", "--all", "--force"])?;
     bench.is_again((0, 0)).await?;
     let mut pull = bench.docker.command(&["pull", "--quiet", &name]).stderr(Stdio::piped()).spawn()?;
@@ -530,6 +564,6 @@ pub(crate) async fn a_pull_that_is_pruned_meanwhile_ends_well(cx: Context) -> Re
         ensure!(!message.trim().is_empty(), "{status}");
         bench.docker.run(&["pull", &name])?;
     }
-    ensure!(bench.output_of(&name, &[])? == large.len().to_string());
+    ensure!(bench.output_of(&name, &[])? == LARGE.to_string());
     bench.docker.leaves_nothing().await
 }
