@@ -31,7 +31,7 @@ pub(crate) mod wait;
 
 pub(crate) use delete::delete;
 pub(crate) use info::info;
-pub(crate) use start::start;
+pub(crate) use start::{is_of_pod, start};
 
 /// Why a command for containerd failed. containerd shows the sentence to its client.
 #[derive(Debug, thiserror::Error)]

@@ -238,7 +238,7 @@ pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
 
 /// Whether a bundle is that of a pod: containerd writes a configuration into those of containers. Clients of its sandbox controller can give one
 /// to a pod as well, whose bundle is in the controller's folder.
-pub(super) fn is_of_pod(bundle: &Path) -> bool {
+pub(crate) fn is_of_pod(bundle: &Path) -> bool {
     let controllers = bundle.ancestors().nth(2).and_then(Path::file_name);
     bundle.is_dir() && (controllers.is_some_and(|name| name == SANDBOX_CONTROLLER) || !bundle.join("config.json").exists())
 }

@@ -22,6 +22,9 @@ use crate::frame::RequestView;
 use crate::handover::{Cause, Commit, Origin, Outcome, POD_KEY, ProcessExit, Ready, Step, ToWorker, is_of};
 use crate::saved::saved;
 
+/// The most entries of the state that are moved together.
+const COMPACTED_ENTRIES: usize = 8;
+
 /// How long a request with a ready-made answer waits for the worker's own. Clients give Connect and State 1 s in all.
 const READY_AFTER: Duration = Duration::from_millis(600);
 /// How long a place in the group is reserved for a container.
@@ -140,6 +143,17 @@ impl Ledger {
             self.add_ready(ready);
         }
         self.begin_generation();
+    }
+
+    /// Moves what is kept for long to lower addresses, where there is room: it was made between what a request needs for a moment, and holds those pages. Only
+    /// of a few containers: it is copied for that.
+    pub(crate) fn compact(&mut self) {
+        if self.state.len() > COMPACTED_ENTRIES {
+            return;
+        }
+        self.state.values_mut().for_each(|value| move_down(vec![value]));
+        move_down(self.ready.values_mut().flat_map(|ready| [&mut ready.payload, &mut ready.answer]).collect());
+        move_down(self.ready.values_mut().flat_map(|ready| [&mut ready.key, &mut ready.service, &mut ready.method]).collect());
     }
 
     /// Opens a cause for a request.
@@ -463,6 +477,16 @@ impl Ledger {
 
     pub(crate) fn reservations(&self) -> impl Iterator<Item = &str> {
         self.reservations.keys().map(String::as_str)
+    }
+}
+
+/// Replaces each by a copy that has a lower address. All copies are made first: the allocator would give out what the one before has left.
+fn move_down<T: Clone + AsRef<[u8]>>(kept: Vec<&mut T>) {
+    let copies: Vec<T> = kept.iter().map(|one| (**one).clone()).collect();
+    for (one, copy) in kept.into_iter().zip(copies) {
+        if copy.as_ref().as_ptr() < (*one).as_ref().as_ptr() {
+            *one = copy;
+        }
     }
 }
 

@@ -131,6 +131,7 @@ impl Keeper {
             ticked = self.tick();
             if self.timers.trim_at.is_some_and(|at| at <= Instant::now()) {
                 self.timers.trim_at = None;
+                self.ledger.compact();
                 sys::memory::trim();
                 if self.supervisor.is_asleep() {
                     sys::memory::leave_program();

@@ -103,6 +103,8 @@ async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let mut incoming = Incoming::new(Rc::clone(&link));
     let worker = Rc::new(Worker { shared: Shared::new(settings, link) });
     worker.catch_up(&mut incoming).await?;
+    let ahead = Rc::clone(&worker);
+    tokio::task::spawn_local(async move { pod::blocking_look_ahead(&ahead.shared) });
     let is_used = Rc::new(Notify::new());
     tokio::task::spawn_local(return_memory(Rc::clone(&is_used)));
     loop {

@@ -179,6 +179,33 @@ fn what_is_asked_about_a_pod_is_answered_from_its_entry_while_a_worker_serves() 
 }
 
 #[test]
+fn what_is_moved_stays_the_same() {
+    let mut ledger = Ledger::default();
+    let ready = |number: u8| Ready {
+        key: "c".into(),
+        service: "s".into(),
+        method: format!("m{number}"),
+        payload: vec![number; 20],
+        answer: vec![number; 100],
+        is_fallback: false,
+        signal: None,
+    };
+    // Holes, as requests leave them.
+    let holes: Vec<Vec<u8>> = (0..100).map(|count| vec![0; count * 8]).collect();
+    let state = vec![("c".to_owned(), Some(vec![1; 6000])), ("c/e".to_owned(), Some(vec![2; 300]))];
+    ledger.commit(&mut Commit { state, ready: (0..12).map(ready).collect(), ..Commit::default() }, Instant::now());
+    drop(holes);
+    let before = (ledger.state.clone(), ledger.ready.clone());
+    let places = |ledger: &Ledger| ledger.state.values().map(|value| value.as_ptr() as usize).collect::<Vec<_>>();
+    for _ in 0..3 {
+        let places_before = places(&ledger);
+        ledger.compact();
+        assert!((&ledger.state, &ledger.ready) == (&before.0, &before.1));
+        assert!(places(&ledger).iter().zip(&places_before).all(|(now, before)| now <= before), "moved up");
+    }
+}
+
+#[test]
 fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
     let mut ledger = Ledger::default();
     let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];

@@ -21,6 +21,8 @@ pub(in crate::worker) struct Shared {
     pub(in crate::worker) starts: Starts,
     /// The pod that the shim is, if it is one.
     pub(in crate::worker) pod: RefCell<Option<Rc<Pod>>>,
+    /// What Create of a pod plans with, read while the client connects. None once it has been used.
+    pub(in crate::worker) cgroups: RefCell<Option<Host>>,
     /// Unknown until the keeper's Welcome.
     pub(in crate::worker) keeper: Cell<ProcessIdentity>,
     /// The version of the messages, agreed on with it.
@@ -37,6 +39,7 @@ impl Shared {
             registry: Registry::default(),
             starts: Starts::new(),
             pod: RefCell::default(),
+            cgroups: RefCell::default(),
             keeper: Cell::default(),
             version: Cell::default(),
             host: OnceCell::new(),

@@ -4,10 +4,12 @@ use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use protobuf::well_known_types::any::Any;
+use x_engine::Host;
 
 use super::config::Config;
 use super::record::{Phase, Record};
 use super::{Apply, Pod, PodChange, cgroup, files, find};
+use crate::bootstrap;
 use crate::engine;
 use crate::handover::{Op, POD_KEY, Perform, PlanKind, Versions};
 use crate::settings;
@@ -26,6 +28,14 @@ pub(in crate::worker) struct CreateCall {
     pub(in crate::worker) options: Option<Any>,
     /// Empty for the host's network.
     pub(in crate::worker) network: String,
+}
+
+/// Reads what the plan of a pod depends on, if this shim was started for one that is not there yet: its client needs longer to connect. A failure
+/// is one of Create.
+pub(in crate::worker) fn blocking_look_ahead(shared: &Shared) {
+    if shared.pod.borrow().is_none() && shared.registry.is_empty() && bootstrap::is_of_pod(&shared.settings.bundle) {
+        *shared.cgroups.borrow_mut() = Host::read_cgroups().ok();
+    }
 }
 
 /// Takes the configuration of a pod. Nothing is made.
@@ -53,7 +63,7 @@ pub(in crate::worker) fn create(shared: &Shared, call: CreateCall) -> Result<Cha
     let config = Config::blocking_read(&call.id, call.options.as_ref(), &call.network)?;
     let record = Record::new(id, call.bundle, config);
     // Refuses what it would not be started with.
-    let plan = Plan::blocking_make(&record)?;
+    let plan = Plan::blocking_make(&record, shared.cgroups.take())?;
     log::info!(sandbox:% = record.id, pod:% = record.config.name, namespace:% = record.config.namespace; "sandbox created");
     *shared.pod.borrow_mut() = Some(Rc::new(Pod::with_plan(record, Some(plan))));
     let pod = PodChange { save: true, expires_after_seconds: Some(settings::unstarted_pod_seconds()), ..PodChange::default() };
@@ -94,9 +104,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Plans a pod. For its cgroup, the host's mounts are read.
-    fn blocking_make(record: &Record) -> Result<Self, Error> {
-        Ok(Self { namespaces: record.config.plan(record.id.as_str())?, parent: cgroup::blocking_plan(record)? })
+    /// Plans a pod. For its cgroup, the host's mounts are read, if they were not.
+    fn blocking_make(record: &Record, host: Option<Host>) -> Result<Self, Error> {
+        Ok(Self { namespaces: record.config.plan(record.id.as_str())?, parent: cgroup::blocking_plan(record, host)? })
     }
 }
 
@@ -105,7 +115,7 @@ async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option
     let planned = pod.plan.take();
     let Plan { namespaces, parent } = match planned {
         Some(plan) => plan,
-        None => Plan::blocking_make(&pod.record())?,
+        None => Plan::blocking_make(&pod.record(), None)?,
     };
     let is_held = namespaces.needs_holder();
     let plan = engine::encode(&namespaces);

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use x_engine::Host;
 use x_engine::control;
 use x_engine::plan::{self, Hierarchy};
 
@@ -35,15 +36,15 @@ pub(super) struct Planned {
     unit: Option<plan::Unit>,
 }
 
-/// Plans the parent that a pod names. Absent if it names none.
-pub(super) fn blocking_plan(record: &Record) -> Result<Option<Planned>, Error> {
+/// Plans the parent that a pod names. Absent if it names none. `host`: if it was read already.
+pub(super) fn blocking_plan(record: &Record, host: Option<Host>) -> Result<Option<Planned>, Error> {
     let wanted = record.config.cgroup_parent.as_str();
     if wanted.trim_matches('/').is_empty() {
         return Ok(None);
     }
     let has_systemd = systemd::blocking_is_running();
     let read = || {
-        let host = x_engine::Host::read_cgroups()?;
+        let host = host.map_or_else(Host::read_cgroups, Ok)?;
         if has_systemd { host.with_init() } else { Ok(host) }
     };
     let host = read().map_err(|source| Error::Io { op: "read", path: "/proc/self/mountinfo".into(), source })?;

@@ -27,7 +27,7 @@ mod join;
 mod record;
 mod stop;
 
-pub(super) use calls::{CreateCall, create, metrics, ping, platform, start, status, wait};
+pub(super) use calls::{CreateCall, blocking_look_ahead, create, metrics, ping, platform, start, status, wait};
 pub(super) use change::PodChange;
 pub(super) use join::{blocking_forget_journal, blocking_join, blocking_keep_journal};
 pub(super) use record::{Record, Status};
