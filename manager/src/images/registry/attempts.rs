@@ -18,34 +18,42 @@ pub(super) struct Task {
     pub(super) what: String,
 }
 
-/// Asks hosts until one does it. The last is asked again when it may work later, the others are not: the next one may do it at once.
-pub(super) async fn first_of<T, F>(limits: &Limits, task: &Task, hosts: &[Arc<Host>], run: impl Fn(Arc<Host>) -> F) -> Result<T>
+/// Asks hosts until one does it: each of them once, and then the one at `steady` again where it may work later.
+pub(super) async fn first_of<T, F>(
+    limits: &Limits,
+    task: &Task,
+    hosts: &[Arc<Host>],
+    steady: usize,
+    run: impl Fn(Arc<Host>) -> F,
+) -> Result<T>
 where
     F: Future<Output = Result<T, Why>>,
 {
+    let failed = |host: &Host, times: u32, why: Why| {
+        debug!(host:% = host.name(), op = task.op, what = task.what.as_str(), attempt = times, error:% = why; "registry request failed");
+        match why {
+            Why::Source(error) => Err(RegistryError::Source(Box::new(error))),
+            why => Ok(Attempt { host: host.name(), times, why }),
+        }
+    };
     let mut attempts = Vec::new();
-    for (at, host) in hosts.iter().enumerate() {
-        let most = if at + 1 == hosts.len() { limits.attempts } else { 1 };
-        let mut times = 0;
-        loop {
-            times += 1;
-            let why = match run(Arc::clone(host)).await {
-                Ok(done) => return Ok(done),
-                Err(Why::Source(error)) => return Err(RegistryError::Source(Box::new(error))),
-                Err(why) => why,
-            };
-            debug!(host:% = host.name(), op = task.op, what = task.what.as_str(), attempt = times, error:% = why; "registry request failed");
-            // a host that was never reached is more likely not there than busy
-            let most = if host.is_reached() { most } else { most.min(UNREACHED) };
-            if !why.is_passing() || times >= most {
-                attempts.push(Attempt { host: host.name(), times, why });
-                break;
-            }
-            tokio::time::sleep(pause(limits, times, why.retry_after())).await;
+    for host in hosts {
+        match run(Arc::clone(host)).await {
+            Ok(done) => return Ok(done),
+            Err(why) => attempts.push(failed(host, 1, why)?),
         }
     }
-    if attempts.is_empty() {
+    let (Some(host), Some(last)) = (hosts.get(steady), attempts.get_mut(steady)) else {
         return Err(RegistryError::NoHost { op: task.op, what: task.what.clone() });
+    };
+    // a host that was never reached is more likely not there than busy
+    let most = if host.is_reached() { limits.attempts } else { limits.attempts.min(UNREACHED) };
+    while last.why.is_passing() && last.times < most {
+        tokio::time::sleep(pause(limits, last.times, last.why.retry_after())).await;
+        match run(Arc::clone(host)).await {
+            Ok(done) => return Ok(done),
+            Err(why) => *last = failed(host, last.times + 1, why)?,
+        }
     }
     Err(RegistryError::Failed { op: task.op, what: task.what.clone(), attempts })
 }

@@ -33,6 +33,8 @@ pub(crate) struct Blob {
     offset: u64,
     /// Who is asked, the one in use first.
     places: Vec<Arc<Host>>,
+    /// Which of them is asked several times: the one in use, or at first the registry itself.
+    steady: usize,
     /// Servers whose ranges are not to be believed.
     ignores_ranges: Arc<AtomicBool>,
     open: Option<Open>,
@@ -72,6 +74,7 @@ impl Registry {
             registry: self.clone(),
             content: content.clone(),
             offset: offset.min(content.size),
+            steady: self.steady(&places),
             places,
             ignores_ranges: Arc::default(),
             open: None,
@@ -196,11 +199,13 @@ impl Blob {
     async fn reopen(&mut self) -> Result<()> {
         let task = self.registry.fetching(&self.content);
         let (registry, content, offset, ranges) = (&self.registry, &self.content, self.offset, &self.ignores_ranges);
-        let opened =
-            first_of(registry.limits(), &task, &self.places, |host| async move { registry.open_at(&host, content, offset, ranges).await });
+        let opened = first_of(registry.limits(), &task, &self.places, self.steady, |host| async move {
+            registry.open_at(&host, content, offset, ranges).await
+        });
         let opened = opened.await?;
         if let Some(at) = self.places.iter().position(|host| Arc::ptr_eq(host, &opened.host)) {
             self.places[..=at].rotate_right(1);
+            self.steady = 0;
         }
         self.open = Some(opened);
         Ok(())

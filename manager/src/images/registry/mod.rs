@@ -159,6 +159,12 @@ impl Registry {
         hosts
     }
 
+    /// The host among them that is worth several attempts: the registry itself, or what is configured last.
+    fn steady(&self, hosts: &[Arc<Host>]) -> usize {
+        let position = |own: &Arc<Host>| hosts.iter().position(|host| Arc::ptr_eq(host, own));
+        self.inner.hosts.iter().rev().find_map(position).unwrap_or_default()
+    }
+
     /// The parameter that names the registry for which a mirror is asked.
     fn namespace(&self, host: &Host) -> Vec<(&str, &str)> {
         if host.is_mirror { vec![("ns", self.reference().host.as_str())] } else { Vec::new() }

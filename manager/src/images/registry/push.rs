@@ -33,7 +33,7 @@ impl Registry {
         progress: Progress<'_>,
     ) -> Result<Pushed> {
         let hosts = self.push_host();
-        first_of(self.limits(), &self.pushing(content, None), &hosts, |host| async move {
+        first_of(self.limits(), &self.pushing(content, None), &hosts, 0, |host| async move {
             let path = format!("/{}/blobs/{}", self.repository(), content.digest);
             if self.exists(&host, &path, content).await?.is_some() {
                 return Ok(Pushed::Exists);
@@ -53,7 +53,7 @@ impl Registry {
     pub(crate) async fn push_manifest(&self, content: &Descriptor, body: Bytes, tag: Option<&str>) -> Result<Pushed> {
         let hosts = self.push_host();
         let body = &body;
-        first_of(self.limits(), &self.pushing(content, tag), &hosts, |host| async move {
+        first_of(self.limits(), &self.pushing(content, tag), &hosts, 0, |host| async move {
             let name = tag.unwrap_or(content.digest.as_str());
             let path = format!("/{}/manifests/{name}", self.repository());
             // a tag may be there and lead to something else
@@ -144,10 +144,9 @@ impl Registry {
         is_same(&answer.expect(&STORED).await?, &content.digest)
     }
 
+    /// The first host that may be pushed to, in the order of the configuration: all parts of an image go to one.
     fn push_host(&self) -> Vec<Arc<Host>> {
-        let mut hosts = self.hosts(|host| host.capabilities.push);
-        hosts.truncate(1);
-        hosts
+        self.inner.hosts.iter().find(|host| host.capabilities.push).cloned().into_iter().collect()
     }
 
     fn pushing(&self, content: &Descriptor, tag: Option<&str>) -> Task {

@@ -16,7 +16,7 @@ impl Registry {
     pub(crate) async fn resolve(&self) -> Result<Descriptor> {
         let task = Task { op: "resolve", what: self.reference().to_string() };
         let hosts = self.hosts(|host| host.capabilities.resolve);
-        first_of(self.limits(), &task, &hosts, |host| async move { self.resolve_at(&host).await }).await
+        first_of(self.limits(), &task, &hosts, self.steady(&hosts), |host| async move { self.resolve_at(&host).await }).await
     }
 
     /// All of a manifest or another small document, its digest verified; of a manifest also that it is of its descriptor's type.
@@ -31,7 +31,7 @@ impl Registry {
             return Ok(body);
         }
         let hosts = self.hosts(|host| host.capabilities.pull);
-        first_of(self.limits(), &task, &hosts, |host| async move {
+        first_of(self.limits(), &task, &hosts, self.steady(&hosts), |host| async move {
             let (_type, body) = self.document_at(&host, self.content_path(content), content.media_type.clone(), Some(content.size)).await?;
             verified(&content.digest, &body)?;
             if is_manifest(&content.media_type) {

@@ -256,6 +256,25 @@ async fn a_broken_mirror_is_left_in_the_middle_of_a_blob() {
 }
 
 #[tokio::test]
+async fn a_blob_resumes_where_it_was_found_also_when_that_host_is_busy_for_a_while() {
+    let world = World::new("found");
+    let content = bytes(30_000);
+    let body = content.clone();
+    let mirror = Double::http(|_, _| Reply::new(404)).await;
+    let origin = Double::http(move |seen, nth| match nth {
+        0 => served(seen, &body).cut(1_000),
+        1..4 => Reply::new(503),
+        _ => served(seen, &body),
+    })
+    .await;
+    world.configure(&format!("r.example:{}", origin.port()), &format!("[host.\"http://m.example:{}\"]", mirror.port()));
+    let client = world.plain(&origin, "a/b").await;
+    assert_eq!(fetched(&client, &layer(&content)).await, content);
+    // once at first, and once when the origin did not answer
+    assert_eq!((mirror.seen().len(), origin.seen().len()), (2, 5));
+}
+
+#[tokio::test]
 async fn the_url_of_a_layer_gets_no_credential_and_is_asked_only_if_the_registry_lacks_the_layer() {
     let world = World::new("urls");
     let content = bytes(1_000);
