@@ -73,7 +73,7 @@ CUTS ?= 200
 KILLS ?= 500
 POWER = X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --
 test-power: packages suites build-shim build-debug
-	X_CUTS=$(CUTS) $(POWER) --nocapture power::
+	X_TIMES=4 X_CUTS=$(CUTS) $(POWER) --nocapture power::
 	X_KILLS=$(KILLS) $(POWER) --nocapture image_kills::
 	X_TIMES=8 $(POWER) --nocapture an_import_that_finds_no_room
 
