@@ -40,8 +40,10 @@ pub(crate) fn set_no_new_privileges() -> io::Result<()> {
 
 /// The number of the kernel's last capability.
 pub(crate) fn last_capability() -> u32 {
-    // SAFETY: integers only.
-    let is_known = |number: u32| unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(number), 0, 0, 0) >= 0 };
+    let is_known = |number: u32| {
+        // SAFETY: integers only.
+        unsafe { libc::prctl(libc::PR_CAPBSET_READ, libc::c_ulong::from(number), 0, 0, 0) >= 0 }
+    };
     // Those that the kernel knows are the first of 64.
     let (mut known, mut unknown) = (0, 64);
     while known + 1 < unknown {
