@@ -250,6 +250,21 @@ async fn a_manifest_is_put_under_its_tag_unless_that_is_it_already() {
 }
 
 #[tokio::test]
+async fn all_parts_of_an_image_are_pushed_to_one_host() {
+    let world = World::new("one-host");
+    let second = Double::http(|_, _| Reply::new(200)).await;
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("an address").port();
+    let registry = format!("r.example:{}", second.port());
+    world.configure(&registry, &format!("[host.\"http://m.example:{free}\"]"));
+    let client = world.plain(&second, "a/b").await;
+    for _ in 0..2 {
+        let error = refused(pushed(&client, &bytes(10), &[]).await);
+        assert!(error.contains("connection refused") && !error.contains(&registry.replace("r.", "; r.")), "{error}");
+    }
+    assert!(second.seen().is_empty());
+}
+
+#[tokio::test]
 async fn a_refused_push_says_what_the_registry_says() {
     let world = World::new("refused");
     let registry = Double::http(|seen, _| match seen.method.as_str() {
