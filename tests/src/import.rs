@@ -147,13 +147,7 @@ impl<'i> Import<'i> {
         if applied.digest != layer.digest {
             return Err(Status::data_loss(format!("{} was applied as {}", layer.digest, applied.digest)));
         }
-        let request = CommitSnapshotRequest {
-            snapshotter: snapshotter.clone(),
-            key: key.clone(),
-            name: chain.to_owned(),
-            labels,
-            ..CommitSnapshotRequest::default()
-        };
+        let request = CommitSnapshotRequest { snapshotter: snapshotter.clone(), key: key.clone(), name: chain.to_owned(), labels };
         match client.api().snapshots().commit(client.request(request)).await {
             // another client was faster
             Err(status) if status.code() == Code::AlreadyExists => {
