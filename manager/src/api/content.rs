@@ -259,12 +259,17 @@ impl Session {
             ..WriteContentRequest::default()
         };
         let begin = async |first| Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await;
-        let (mut begun, found) = begin(first.clone()).await?;
+        let (mut begun, mut found) = begin(first.clone()).await?;
         if request.offset > 0 && found.offset != request.offset && !first.expected.is_empty() {
             // another client has stored the same content meanwhile, and nothing more is asked for: this one goes on with what it has written
             drop(begun);
             request.expected.clone_from(&first.expected);
-            (begun, _) = begin(WriteContentRequest { expected: String::new(), ..first }).await?;
+            (begun, found) = begin(WriteContentRequest { expected: String::new(), ..first }).await?;
+        }
+        // of a commit that another process was taking over from, the bytes may have been written
+        if request.offset > 0 && !request.data.is_empty() && found.offset == request.offset + signed(request.data.len() as u64) {
+            request.offset = found.offset;
+            request.data.clear();
         }
         request.r#ref.clone_from(&self.reference);
         let answer = begun.pass(request).await;

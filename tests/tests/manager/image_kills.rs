@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use tonic::{Code, Status};
 
 use crate::kills::{is_a_crash, store_is_sound};
+use crate::power::some_time_passes;
 
 fn number(name: &str) -> Option<u64> {
     env::var(name).ok().and_then(|text| text.parse().ok())
@@ -197,6 +198,8 @@ async fn campaign(cx: &Context, seed: u64) -> Result<()> {
         }
         workers.sort_by_key(|worker| worker.number);
         store_is_sound(cx).await.with_context(|| format!("crash {crash}"))?;
+        // one that was being made is kept for a minute
+        some_time_passes(&cx.daemon().folder().join("root"))?;
         cx.revive_daemon().await?;
         let known: Vec<_> = workers.iter().flat_map(Worker::known).collect();
         checked += known.len();
