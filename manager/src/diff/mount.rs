@@ -1,11 +1,12 @@
 //! Mounts as snapshotters describe them.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use containerd_client::types::Mount;
 use nix::mount::{MsFlags, mount};
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
     move_mount,
@@ -145,13 +146,25 @@ pub(crate) fn one(asked: &Mount, point: &Path) -> Result<()> {
 
 /// An overlay whose options have no room in one page.
 fn overlay(options: &[&str], flags: MsFlags, at: &Path) -> Result<()> {
-    let made = || -> rustix::io::Result<()> {
+    let mut folders = Vec::new();
+    // a string may have 255 bytes, fewer than a path
+    let mut short = |path: &str| -> rustix::io::Result<String> {
+        if path.len() < STRING_BYTES {
+            return Ok(path.to_owned());
+        }
+        let folder = rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let name = format!("/proc/self/fd/{}", folder.as_raw_fd());
+        folders.push(folder);
+        Ok(name)
+    };
+    let mut made = || -> rustix::io::Result<()> {
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
         for option in options {
             match option.split_once('=') {
                 Some(("lowerdir", lowers)) => {
-                    lowers.split(':').try_for_each(|lower| fsconfig_set_string(&context, "lowerdir+", lower))?;
+                    lowers.split(':').try_for_each(|lower| fsconfig_set_string(&context, "lowerdir+", short(lower)?))?;
                 }
+                Some((key @ ("upperdir" | "workdir"), path)) => fsconfig_set_string(&context, key, short(path)?)?,
                 Some((key, value)) => fsconfig_set_string(&context, key, value)?,
                 None => fsconfig_set_flag(&context, *option)?,
             }
@@ -186,5 +199,7 @@ const FLAGS: &[(&str, MsFlags, bool)] = &[
 ];
 /// In the folder of state.
 const POINT: &str = "mount-";
+/// What fsconfig(2) takes of a string, with the NUL behind it.
+const STRING_BYTES: usize = 256;
 /// What mount(2) takes of options.
 const PAGE_BYTES: usize = 4096;
