@@ -106,13 +106,23 @@ pub(super) fn entry(path: impl AsRef<[u8]>, kind: Kind) -> Entry {
 
 /// Applies to a merged tree.
 pub(super) fn merge(bytes: &[u8], to: &Path) -> Result<Applied> {
-    apply(bytes, Target::Merged(to), LayerLimits::default(), &Cancel::default())
+    patiently(|| apply(bytes, Target::Merged(to), LayerLimits::default(), &Cancel::default()))
+}
+
+/// A process that another test starts has the lock of the layer before until it executes its program.
+fn patiently(apply: impl Fn() -> Result<Applied>) -> Result<Applied> {
+    loop {
+        match apply() {
+            Err(LayerError::Busy) => std::thread::yield_now(),
+            applied => return applied,
+        }
+    }
 }
 
 /// Applies to an upper folder on lower ones, the uppermost first.
 pub(super) fn overlay(bytes: &[u8], upper: &Path, lowers: &[&Path]) -> Result<Applied> {
     let lowers: Vec<_> = lowers.iter().map(|lower| (*lower).to_owned()).collect();
-    apply(bytes, Target::Upper(upper, Lowers::open(&lowers)?), LayerLimits::default(), &Cancel::default())
+    patiently(|| apply(bytes, Target::Upper(upper, Lowers::open(&lowers)?), LayerLimits::default(), &Cancel::default()))
 }
 
 /// Everything below a folder: type, mode, owner, size, target, device, attributes, a hash of the data, and links as the first name.

@@ -79,7 +79,10 @@ impl RegistryError {
             };
         };
         let all = |code: Code| !attempts.is_empty() && attempts.iter().all(|attempt| attempt.why.code() == code);
-        [Code::NotFound, Code::Unauthenticated, Code::PermissionDenied].into_iter().find(|code| all(*code)).unwrap_or(Code::Unavailable)
+        [Code::NotFound, Code::Unauthenticated, Code::PermissionDenied, Code::FailedPrecondition]
+            .into_iter()
+            .find(|code| all(*code))
+            .unwrap_or(Code::Unavailable)
     }
 
     /// Whether all hosts have reported that they do not have it.
@@ -127,7 +130,9 @@ impl Why {
                 _ => Code::Unavailable,
             },
             Self::Unauthorized(_) => Code::Unauthenticated,
-            Self::Unreachable(_) | Self::Broken(_) | Self::Protocol(_) | Self::Source(_) => Code::Unavailable,
+            // asked again, it would answer the same
+            Self::Protocol(_) => Code::FailedPrecondition,
+            Self::Unreachable(_) | Self::Broken(_) | Self::Source(_) => Code::Unavailable,
         }
     }
 }

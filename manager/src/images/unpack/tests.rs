@@ -263,7 +263,9 @@ async fn bytes_that_are_taken_back_while_they_are_unpacked_do_no_harm() {
     let unpacker = f.unpacker.clone();
     let unpacking = tokio::spawn(async move { unpacker.unpack(unpack, silent()).await });
     let mut writer = f.writer(&tars[0]).await;
-    writer.write(vec![1; 1 << 20].into()).await.expect("written");
+    // another file's beginning, of which nothing is wrong yet
+    let other = Archive::default().file("a", vec![8; 3 << 20]).end();
+    writer.write(other[..1 << 20].to_vec().into()).await.expect("written");
     tokio::time::timeout(Duration::from_secs(20), async {
         while f.folders().is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
