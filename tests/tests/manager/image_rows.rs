@@ -298,7 +298,10 @@ pub(crate) async fn a_write_goes_on_over_an_upgrade_also_if_another_namespace_ha
     ensure!(upload.send(last).await?.digest == expected);
     drop(upload);
     // the connection ends with the process that is replaced, maybe while a call is on its way
-    let is_there = async || Ok(ensure!(read(&client, &expected, 0, 0).await? == data));
+    let is_there = async || {
+        ensure!(read(&client, &expected, 0, 0).await? == data);
+        Ok(())
+    };
     eventually("it can be read", SOON, is_there).await
 }
 
