@@ -162,13 +162,16 @@ pub(crate) async fn a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_
     stored(&cx).settles().await
 }
 
+/// Something that is done to a file.
+type Damage = fn(&Path) -> Result<()>;
+
 pub(crate) async fn a_damaged_ingest_begins_again(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let client = &cx.client().with_lease("test").await?;
     let ingests = cx.daemon().folder().join("root/io.containerd.content.v1.content/ingest");
     let data = Dice::new(99).bytes(3000);
     let expected = shim_tests::image::digest(&data);
-    let mut damages: Vec<(String, fn(&Path) -> Result<()>)> = Vec::new();
+    let mut damages: Vec<(String, Damage)> = Vec::new();
     for file in ["ref", "data", "startedat", "updatedat", "total", "lease"] {
         damages.push((file.to_owned(), |path| Ok(fs::remove_file(path)?)));
         damages.push((file.to_owned(), |path| Ok(File::create(path)?.set_len(0)?)));
