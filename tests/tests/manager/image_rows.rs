@@ -162,13 +162,15 @@ pub(crate) async fn a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_
     stored(&cx).settles().await
 }
 
+/// Something that is done to a file.
+type Damage = fn(&Path) -> Result<()>;
+
 pub(crate) async fn a_damaged_ingest_begins_again(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let client = &cx.client().with_lease("test").await?;
     let ingests = cx.daemon().folder().join("root/io.containerd.content.v1.content/ingest");
     let data = Dice::new(99).bytes(3000);
     let expected = shim_tests::image::digest(&data);
-    type Damage = fn(&Path) -> Result<()>;
     let mut damages: Vec<(String, Damage)> = Vec::new();
     for file in ["ref", "data", "startedat", "updatedat", "total", "lease"] {
         damages.push((file.to_owned(), |path| Ok(fs::remove_file(path)?)));
@@ -266,7 +268,7 @@ async fn at_each_step(cx: &Context, root: &Path) -> Result<()> {
         step += 1;
     }
     println!("{step} imports found no room: {refused:?}");
-    ensure!(refused.len() > 1 && step > 5, "{refused:?}");
+    ensure!(refused.len() > 2 && step > 5, "{refused:?}");
     is_whole(cx, &image).await
 }
 
@@ -297,12 +299,8 @@ pub(crate) async fn a_write_goes_on_over_an_upgrade_also_if_another_namespace_ha
     last.data = data[1000..].to_vec();
     ensure!(upload.send(last).await?.digest == expected);
     drop(upload);
-    // the connection ends with the process that is replaced, maybe while a call is on its way
-    let is_there = async || {
-        ensure!(read(&client, &expected, 0, 0).await? == data);
-        Ok(())
-    };
-    eventually("it can be read", SOON, is_there).await
+    ensure!(read(&client, &expected, 0, 0).await? == data);
+    Ok(())
 }
 
 /// As ctr imports it: it repeats no call on its own.
