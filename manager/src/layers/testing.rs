@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest as _, Sha256};
 
 use super::tar::{BLOCK, Entry, Kind, Time, Writer};
-use super::{Applied, Cancel, LayerLimits, Lowers, Result, Target, apply, tree};
+use super::{Applied, Cancel, LayerError, LayerLimits, Lowers, Result, Target, apply, tree};
 
 /// Whether owners and devices can be made; says so if not.
 pub(crate) fn is_root() -> bool {

@@ -268,7 +268,7 @@ async fn at_each_step(cx: &Context, root: &Path) -> Result<()> {
         step += 1;
     }
     println!("{step} imports found no room: {refused:?}");
-    ensure!(refused.len() > 2 && step > 5, "{refused:?}");
+    ensure!(refused.len() > 1 && step > 5, "{refused:?}");
     is_whole(cx, &image).await
 }
 
@@ -299,8 +299,12 @@ pub(crate) async fn a_write_goes_on_over_an_upgrade_also_if_another_namespace_ha
     last.data = data[1000..].to_vec();
     ensure!(upload.send(last).await?.digest == expected);
     drop(upload);
-    ensure!(read(&client, &expected, 0, 0).await? == data);
-    Ok(())
+    // the connection ends with the process that is replaced, maybe while a call is on its way
+    let is_there = async || {
+        ensure!(read(&client, &expected, 0, 0).await? == data);
+        Ok(())
+    };
+    eventually("it can be read", SOON, is_there).await
 }
 
 /// As ctr imports it: it repeats no call on its own.
