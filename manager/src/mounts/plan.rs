@@ -36,14 +36,19 @@ pub(super) fn count(mounts: &[Mount], all: bool) -> Result<usize> {
 /// A mount as the kernel knows it, and the folders that it needs.
 pub(super) fn transformed(mount: &Mount, active: &[ActiveMount]) -> Result<(Mount, Vec<Folder>)> {
     let (mut mount, mut folders) = (mount.clone(), Vec::new());
+    let (mut rounds, mut room) = (0, FORMATTED_BYTES);
     while let Some((transformation, kind)) = mount.r#type.split_once('/') {
+        rounds += 1;
+        if rounds > MOST_TRANSFORMATIONS {
+            return Err(Error::Invalid(format!("a mount with more than {MOST_TRANSFORMATIONS} transformations")));
+        }
         let kind = kind.to_owned();
         match transformation {
             "format" => {
-                mount.source = formatted(&mount.source, active)?;
-                mount.target = formatted(&mount.target, active)?;
+                mount.source = formatted(&mount.source, active, &mut room)?;
+                mount.target = formatted(&mount.target, active, &mut room)?;
                 for option in &mut mount.options {
-                    *option = formatted(option, active)?;
+                    *option = formatted(option, active, &mut room)?;
                 }
             }
             "mkdir" => {
@@ -73,8 +78,8 @@ fn folder(option: &str) -> Result<Folder> {
     if path.starts_with('/') { Ok(Folder { path: path.to_owned(), mode, owner }) } else { Err(invalid()) }
 }
 
-/// Puts in what stands for earlier mounts.
-fn formatted(text: &str, active: &[ActiveMount]) -> Result<String> {
+/// Puts in what stands for earlier mounts, `room` bytes at most.
+fn formatted(text: &str, active: &[ActiveMount], room: &mut usize) -> Result<String> {
     let (mut done, mut rest) = (String::new(), text);
     while let Some((before, after)) = rest.split_once("{{") {
         let invalid = || Error::Invalid(format!("{:?}: cannot be formatted", shown(text)));
@@ -83,18 +88,21 @@ fn formatted(text: &str, active: &[ActiveMount]) -> Result<String> {
         let index = |word: &str| word.parse::<usize>().ok().filter(|index| *index < active.len()).ok_or_else(invalid);
         let of = |index: usize, part: fn(&Mount) -> &String| active[index].mount.as_ref().map(part).cloned().unwrap_or_default();
         done.push_str(before);
-        match words[..] {
-            ["mount", number] => done.push_str(&active[index(number)?].mount_point),
-            ["source", number] => done.push_str(&of(index(number)?, |mount| &mount.source)),
-            ["target", number] => done.push_str(&of(index(number)?, |mount| &mount.target)),
+        let put = match words[..] {
+            ["mount", number] => active[index(number)?].mount_point.clone(),
+            ["source", number] => of(index(number)?, |mount| &mount.source),
+            ["target", number] => of(index(number)?, |mount| &mount.target),
             ["overlay", from, to] => {
                 let (from, to) = (index(from)?, index(to)?);
                 let points = active[from.min(to)..=from.max(to)].iter().map(|mount| mount.mount_point.clone());
                 let points: Vec<_> = if from > to { points.rev().collect() } else { points.collect() };
-                done.push_str(&points.join(":"));
+                points.join(":")
             }
             _ => return Err(invalid()),
-        }
+        };
+        let left = room.checked_sub(put.len());
+        *room = left.ok_or_else(|| Error::Invalid(format!("more than {FORMATTED_BYTES} bytes are put into a mount")))?;
+        done.push_str(&put);
         rest = after;
     }
     Ok(done + rest)
@@ -107,6 +115,10 @@ fn shown(text: &str) -> String {
 const MKDIR: &str = "X-containerd.mkdir.";
 /// As in containerd.
 const MOST_MOUNTS: usize = 255;
+/// Clients have two.
+const MOST_TRANSFORMATIONS: usize = 8;
+/// What one mount may get of others: the paths of all of them, and no multiple of what a client sends.
+const FORMATTED_BYTES: usize = 1 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -151,6 +163,12 @@ mod tests {
         for bad in ["path=a", "mode=/a", "path=/a:888", "path=/a:1777", "path=/a:700:1", "path=/a:700:x:1"] {
             transformed(&mount("mkdir/bind", "/", &[&format!("X-containerd.mkdir.{bad}")]), &before).expect_err(bad);
         }
+        let long = [active(&"m".repeat(1000))];
+        transformed(&mount("format/bind", &"{{ mount 0 }}".repeat(1000), &[]), &long).expect("there is room");
+        transformed(&mount("format/bind", &"{{ mount 0 }}".repeat(1100), &[]), &long).expect_err("too much");
+        let source = "{{ mount 0 }}".repeat(600);
+        transformed(&mount("format/bind", &source, &[&source]), &long).expect_err("too much of both");
+        transformed(&mount(&"format/".repeat(9), "/", &[]), &before).expect_err("too many transformations");
         let unknown = transformed(&mount("mkfs/ext4", "/", &[]), &before).expect_err("not done");
         assert_eq!(unknown.code(), tonic::Code::Unimplemented);
     }
