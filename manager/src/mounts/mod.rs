@@ -49,6 +49,8 @@ pub(crate) struct Mounts {
     gate: Gate,
     /// Namespaces and names that a call works on.
     busy: Arc<Mutex<HashSet<(String, String)>>>,
+    /// Held until a new folder has its first record: one without a record was left by a crash.
+    beginning: Arc<Mutex<()>>,
 }
 
 /// What is asked for.
@@ -79,7 +81,7 @@ impl Mounts {
     /// Those below the folder of state. Nothing is made yet.
     pub(crate) fn new(state: &Path, root: &Path, store: Store, pool: Pool, gate: Gate) -> Self {
         let folder = state.join("mounts");
-        Self { roots: [folder.clone(), root.to_owned()], folder, store, pool, gate, busy: Arc::default() }
+        Self { roots: [folder.clone(), root.to_owned()], folder, store, pool, gate, busy: Arc::default(), beginning: Arc::default() }
     }
 
     fn turn(&self, namespace: &str, name: &str) -> Result<Turn> {
@@ -129,14 +131,18 @@ impl Mounts {
                 blocking_undo(&folder)?;
             }
         }
-        let folder = self.blocking_folder()?;
+        let (folder, begun) = {
+            let _alone = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+            let folder = self.blocking_folder()?;
+            let begun = write(&folder, &Record { namespace: unfinished(namespace, &asked.name), ..Record::default() });
+            (folder, begun)
+        };
         let record = |info| Record { namespace: namespace.to_owned(), info, lease: asked.lease.clone().unwrap_or_default() };
-        let made = (|| {
-            write(&folder, &Record { namespace: unfinished(namespace, &asked.name), ..Record::default() })?;
+        let made = begun.and_then(|()| {
             let info = self.blocking_mount(&folder, &asked, count)?;
             write(&folder, &record(Some(info.clone())))?;
             Ok(info)
-        })();
+        });
         if made.is_err()
             && let Err(error) = blocking_undo(&folder)
         {
@@ -151,6 +157,10 @@ impl Mounts {
             let mount = self.blocking_transformed(mount, &info.active)?;
             if mount.options.iter().any(|option| is_map(option)) {
                 return Err(Error::Unimplemented("mounts with maps of users and groups".to_owned()));
+            }
+            // a path in what is mounted already, whose links lead anywhere
+            if !mount.target.trim_matches('/').is_empty() {
+                return Err(Error::Unimplemented("mounts with a target of their own".to_owned()));
             }
             let point = folder.join(number.to_string());
             DirBuilder::new().mode(0o700).create(&point).on("make mount point", &point)?;
@@ -181,7 +191,7 @@ impl Mounts {
     fn blocking_make(&self, folder: &Folder) -> Result<()> {
         let path = Path::new(&folder.path);
         let below = self.roots.iter().find_map(|root| Some((root, path.strip_prefix(root).ok()?)));
-        let (Some((root, below)), Some(name)) = (below, path.file_name()) else {
+        let (Some((root, below)), Some(name)) = (below, below.and_then(|(_root, below)| below.file_name())) else {
             let roots = self.roots.each_ref().map(|root| root.display().to_string()).join(" or ");
             return Err(Error::Invalid(format!("folder {:?} is not below {roots}", folder.path)));
         };
@@ -229,8 +239,8 @@ impl Mounts {
         let mut records = Vec::new();
         for entry in entries {
             let folder = entry.on("list", &self.folder)?.path();
-            let record = fs::read(folder.join(RECORD)).ok().and_then(|bytes| Record::decode(&*bytes).ok());
-            records.push((folder, record.unwrap_or_default()));
+            let record = read(&folder);
+            records.push((folder, record));
         }
         Ok(records)
     }
@@ -317,24 +327,37 @@ impl Mounts {
             Ok(unheld)
         });
         for (folder, record) in unheld.await? {
-            let name = record.info.map_or(String::new(), |info| info.name);
-            let (namespace, name) = if name.is_empty() { split_unfinished(&record.namespace) } else { (record.namespace, name) };
+            let (namespace, name) = match &record.info {
+                Some(info) if !info.name.is_empty() => (record.namespace.clone(), info.name.clone()),
+                _ => split_unfinished(&record.namespace),
+            };
             // a call that works on it decides
             let Ok(turn) = self.turn(&namespace, &name) else { continue };
             let _pass = self.gate.enter().await?;
+            let this = self.clone();
             let undone = self.pool.run(move || {
-                let undone = blocking_undo(&folder);
+                let undone = this.blocking_undo_if(&folder, &record);
                 drop(turn);
                 undone
             });
             match undone.await? {
-                Ok(()) => debug!(mount = name; "a mount that nothing held is undone"),
+                Ok(true) => debug!(mount = name; "a mount that nothing held is undone"),
+                Ok(false) => {}
                 Err(error) => {
                     warn!(mount = name, error = error.chain(); "cannot undo a mount that nothing holds; a later collection tries again")
                 }
             }
         }
         Ok(())
+    }
+
+    /// Undoes an activation if its record is still the one that was seen: it may have other labels by now, or its folder be another's.
+    fn blocking_undo_if(&self, folder: &Path, seen: &Record) -> Result<bool> {
+        let is_same = {
+            let _alone = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+            read(folder) == *seen
+        };
+        if is_same { blocking_undo(folder).map(|()| true) } else { Ok(false) }
     }
 }
 
@@ -368,6 +391,11 @@ fn blocking_undo(folder: &Path) -> Result<()> {
         }
     }
     fs::remove_dir(folder).on("remove", folder)
+}
+
+/// The record in a folder; an empty one if it has none that can be read.
+fn read(folder: &Path) -> Record {
+    fs::read(folder.join(RECORD)).ok().and_then(|bytes| Record::decode(&*bytes).ok()).unwrap_or_default()
 }
 
 fn write(folder: &Path, record: &Record) -> Result<()> {

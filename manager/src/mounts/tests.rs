@@ -87,6 +87,15 @@ async fn mounts_that_need_no_activation_are_left_to_the_client_and_failed_ones_l
     assert_eq!(code(vec![f.bind(), mapped], true).await, tonic::Code::Unimplemented);
     let outside = Mount { r#type: "mkdir/bind".to_owned(), options: vec!["X-containerd.mkdir.path=/tmp/../x".to_owned()], ..f.bind() };
     assert_eq!(code(vec![outside], true).await, tonic::Code::InvalidArgument);
+    let root = format!("X-containerd.mkdir.path={}", f.folder.join("root").display());
+    let itself = Mount { r#type: "mkdir/bind".to_owned(), options: vec![root], ..f.bind() };
+    assert_eq!(code(vec![itself], true).await, tonic::Code::InvalidArgument);
+    assert_eq!(fs::read_dir(f.folder.join("root")).expect("a folder").count(), 0);
+    // from its mount point to the data
+    for target in ["../../../../data", "/../../../../data", "x"] {
+        let elsewhere = Mount { target: target.to_owned(), ..f.bind() };
+        assert_eq!(code(vec![elsewhere], true).await, tonic::Code::Unimplemented, "{target}");
+    }
     assert_eq!(f.left(), 0);
 }
 
@@ -110,6 +119,20 @@ async fn an_overlay_is_made_of_mounts_and_folders_that_are_made_for_it() {
     let info = f.mounts.activate(&namespace(), asked("b", vec![f.bind(), overlay], true)).await.expect("all of them");
     fs::write(Path::new(&info.active[1].mount_point).join("new"), "").expect("it can be written to");
     assert!(f.folder.join("root/u/new").exists());
+}
+
+#[tokio::test]
+async fn a_collection_leaves_what_has_changed_since_it_looked() {
+    let Some(f) = Fixture::new("changed") else { return };
+    f.mounts.activate(&namespace(), asked("a", vec![f.bind()], true)).await.expect("activated");
+    let (folder, seen) = f.mounts.blocking_records().expect("records").remove(0);
+    f.mounts.deactivate(&namespace(), "a").await.expect("deactivated");
+    let other = f.mounts.activate(&namespace(), asked("b", vec![f.bind()], true)).await.expect("activated");
+    assert_eq!(Path::new(&other.active[0].mount_point), folder.join("0"), "in the same folder");
+    assert!(!f.mounts.blocking_undo_if(&folder, &seen).expect("looked at"));
+    assert!(folder.join("0/file").exists());
+    let (folder, seen) = f.mounts.blocking_records().expect("records").remove(0);
+    assert!(f.mounts.blocking_undo_if(&folder, &seen).expect("undone") && f.left() == 0);
 }
 
 #[tokio::test]
