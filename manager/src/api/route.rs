@@ -191,7 +191,7 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Activate" => incoming.carry(&s.mounts, MountService::activate).await,
             "Deactivate" => incoming.carry(&s.mounts, MountService::deactivate).await,
             "Info" => incoming.look(&s.mounts, MountService::info).await,
-            "Update" => incoming.change(&s.mounts, MountService::update).await,
+            "Update" => incoming.carry(&s.mounts, MountService::update).await,
             "List" => incoming.stream(&s.mounts, MountService::list).await,
             _ => unknown(path),
         },
