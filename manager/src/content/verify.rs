@@ -8,9 +8,10 @@
 use std::sync::Arc;
 
 use log::warn;
+use nix::errno::Errno;
 
 use super::{Content, Digest};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::blobs;
 
 /// What a verification has found.
@@ -27,7 +28,7 @@ pub(crate) struct Verified {
 impl Content {
     /// Reads all blobs, one after the other, until its caller does not wait any more.
     ///
-    /// Errors: [`crate::error::Error::Retired`]; what was found damaged is taken away.
+    /// Errors: [`crate::error::Error::Retired`], or that a blob cannot be looked at now; what was found damaged is taken away.
     pub(crate) async fn verify(&self) -> Result<Verified> {
         let files = Arc::clone(&self.files);
         let mut verified = Verified::default();
@@ -43,13 +44,14 @@ impl Content {
                         verified.damaged.push(digest);
                     }
                 }
-                // the disk does not give its bytes
-                Err(error) => {
+                Err(error) if is_of_file(&error) => {
                     warn!(digest:%, error = error.chain(); "cannot read a blob");
                     if self.take_damaged(&digest).await? {
                         verified.damaged.push(digest);
                     }
                 }
+                // it may be sound: there is no descriptor for it, for instance
+                Err(error) => return Err(error),
             }
         }
         let known = self.store.read_beside(blobs::digests).await?;
@@ -71,6 +73,7 @@ impl Content {
             .pool
             .run(move || match files.verify(&of, &|| gate.is_retired()) {
                 Ok(Some(true) | None) => Ok(false),
+                Err(error) if !is_of_file(&error) => Err(error),
                 Ok(Some(false)) | Err(_) => files.take_away(&of).map(|taken| taken.is_some()),
             })
             .await??;
@@ -80,5 +83,36 @@ impl Content {
             self.has_left.store(true, std::sync::atomic::Ordering::Relaxed);
         }
         Ok(is_taken)
+    }
+}
+
+/// Whether an error is one of the file itself: the disk does not give its bytes, or it is none. Others are of this process, and pass.
+fn is_of_file(error: &Error) -> bool {
+    let Error::Io { source, .. } = error else { return false };
+    let of_file = [Errno::EIO, Errno::EUCLEAN, Errno::EBADMSG, Errno::ENODATA, Errno::ELOOP, Errno::EISDIR];
+    source.raw_os_error().is_some_and(|number| of_file.contains(&Errno::from_raw(number)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::Path;
+
+    use super::*;
+    use crate::error::IoContext as _;
+
+    #[test]
+    fn only_errors_of_a_file_say_that_it_is_damaged() {
+        for (number, expected) in [
+            (Errno::EIO, true),
+            (Errno::ELOOP, true),
+            (Errno::EMFILE, false),
+            (Errno::ENFILE, false),
+            (Errno::ENOMEM, false),
+            (Errno::EINTR, false),
+        ] {
+            let error = Err::<(), _>(io::Error::from(number)).on("open", Path::new("/b")).expect_err("an error");
+            assert_eq!(is_of_file(&error), expected, "{number}");
+        }
     }
 }
