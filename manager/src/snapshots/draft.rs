@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use containerd_client::services::v1::snapshots::Kind;
@@ -164,9 +164,10 @@ impl Snapshots {
                 (layer.key.clone(), layer.labels.clone(), layer.usage, folder)
             })
             .collect();
-        let _naming = self.naming.read().await;
-        let _pass = self.gate.enter().await?;
-        let (at, base) = (place.clone(), self.base(snapshotter));
+        let naming = self.naming.read().await;
+        let pass = self.gate.enter().await?;
+        let numbered = Arc::new(Mutex::new(Vec::new()));
+        let (at, base, numbers) = (place.clone(), self.base(snapshotter), Arc::clone(&numbered));
         let write = move |db: &mut Meta<'_>| {
             namespaces::ensure(db, &at.namespace)?;
             let mut above = match &below {
@@ -183,7 +184,9 @@ impl Snapshots {
                     None => {
                         let id = store::snapshots::insert(db, &at, key, above, Kind::Active, labels)?;
                         store::snapshots::commit(db, &at, id, key, above, *usage, labels)?;
-                        blocking_name(folder, &base.join(id.to_string()))?;
+                        let numbered = base.join(id.to_string());
+                        blocking_name(folder, &numbered)?;
+                        numbers.lock().unwrap_or_else(PoisonError::into_inner).push(numbered);
                         id
                     }
                 };
@@ -193,7 +196,19 @@ impl Snapshots {
             and(db)?;
             Ok(recorded)
         };
-        let recorded = self.store.write(write).await?;
+        let recorded = self.store.write(write).await;
+        drop((naming, pass));
+        let recorded = match recorded {
+            Ok(recorded) => recorded,
+            Err(error) => {
+                // there are no rows: the numbers are free, and may be others' by now
+                let unrecorded = std::mem::take(&mut *numbered.lock().unwrap_or_else(PoisonError::into_inner));
+                for folder in unrecorded {
+                    self.remove_unrecorded(folder).await?;
+                }
+                return Err(error);
+            }
+        };
         for (layer, is_recorded) in new.iter_mut().zip(recorded) {
             if is_recorded {
                 layer.draft.made = None;

@@ -470,6 +470,22 @@ async fn a_snapshot_that_is_committed_twice_at_once_is_committed_once() {
 }
 
 #[tokio::test]
+async fn layers_that_cannot_be_recorded_leave_no_folders() {
+    let Some(f) = Fixture::new("unrecorded") else { return };
+    let mut layers = Vec::new();
+    for key in ["one", "two"] {
+        let draft = f.snapshots.draft(Snapshotter::Overlayfs, None).await.expect("a draft");
+        layers.push(NewLayer { draft, key: key.to_owned(), labels: HashMap::new(), implicit: Vec::new(), usage: None });
+    }
+    let fail = |_: &mut Meta<'_>| Err(Error::Exhausted("as the test wants".to_owned()));
+    let error = f.snapshots.record(&place("overlayfs"), None, layers, None, fail).await.expect_err("it cannot be recorded");
+    assert_eq!(error.to_string(), "as the test wants");
+    scratch_eventually(|| f.numbers(Snapshotter::Overlayfs).is_empty()).await;
+    f.layer("overlayfs", "three", "").await;
+    assert_eq!(f.numbers(Snapshotter::Overlayfs), ["1"]);
+}
+
+#[tokio::test]
 async fn a_file_that_cannot_be_removed_is_removed_later_and_keeps_no_other() {
     let Some(f) = Fixture::new("immutable") else { return };
     let at = place("overlayfs");
