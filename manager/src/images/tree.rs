@@ -82,6 +82,7 @@ impl Tree {
         let mut seen: HashSet<Digest> = HashSet::new();
         let first = Step { descriptor: root.clone(), parents: Vec::new(), depth: 0, is_metadata: false, top: None };
         let mut steps = VecDeque::from([first]);
+        let mut room = ALL_DOCUMENTS_BYTES;
         while let Some(step) = steps.pop_front() {
             let Step { descriptor, parents, depth, is_metadata, top } = step;
             if depth > DEEPEST {
@@ -104,6 +105,10 @@ impl Tree {
                 }
                 return Err(not_found(&descriptor.digest));
             };
+            // what they have is held many times over
+            room = room
+                .checked_sub(bytes.len())
+                .ok_or_else(|| Error::Invalid(format!("an image whose documents have more than {ALL_DOCUMENTS_BYTES} bytes")))?;
             let (document, media_type) = Document::parse(&bytes, &descriptor.media_type).map_err(of(&descriptor.digest))?;
             let own = Descriptor { media_type, ..descriptor };
             let reference = vec![own.reference()];
@@ -229,6 +234,8 @@ impl Transfers {
 const DEEPEST: usize = 8;
 /// Of one image for all its platforms.
 const MOST_NODES: usize = 10_000;
+/// Of all indexes and manifests of one image. Those with a thousand manifests have a few MiB.
+const ALL_DOCUMENTS_BYTES: usize = 32 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -304,6 +311,18 @@ mod tests {
         assert_eq!((metadata.nodes.len(), metadata.manifests.len()), (11, 1));
         let limited = memory.follow(&root, &Selection { manifest_limit: 1, ..Selection::default() }).await.expect("it is whole");
         assert_eq!(limited.manifests.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn documents_are_bounded_together() {
+        let mut memory = Memory::default();
+        let note = "x".repeat(7 << 20);
+        let long = |number: usize| json!({ "layers": [], "annotations": { "note": note, "number": number.to_string() } });
+        let manifests: Vec<_> = (0..5).map(|number| memory.put(OCI_MANIFEST, &long(number))).collect();
+        let (four, five) = (memory.index(&manifests[..4]), memory.index(&manifests));
+        assert_eq!(memory.follow(&four, &Selection::default()).await.expect("there is room").manifests.len(), 4);
+        let error = memory.follow(&five, &Selection::default()).await.expect_err("too much").to_string();
+        assert!(error.contains("documents have more than"), "{error}");
     }
 
     #[tokio::test]
