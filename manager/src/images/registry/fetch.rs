@@ -138,7 +138,11 @@ impl Blob {
         while self.left() > 0 {
             let left = usize::try_from(self.left()).unwrap_or(usize::MAX);
             let Some(open) = &mut self.open else {
-                self.reopen().await?;
+                let since = Instant::now();
+                let reopened = self.reopen().await;
+                // a server that sends a byte and breaks off makes a client wait for this most of the time
+                self.waited += since.elapsed();
+                reopened?;
                 continue;
             };
             let since = Instant::now();
@@ -178,7 +182,9 @@ impl Blob {
             if self.stalled >= self.registry.limits().attempts {
                 return Err(self.failed(host, why));
             }
-            tokio::time::sleep(pause(self.registry.limits(), self.stalled, None)).await;
+            let pause = pause(self.registry.limits(), self.stalled, None);
+            tokio::time::sleep(pause).await;
+            self.waited += pause;
         }
         Ok(None)
     }

@@ -176,16 +176,30 @@ impl Client {
     fn kept(&self, origin: &Origin) -> Option<Connection> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = idle.get_mut(origin)?;
-        kept.retain(|one| one.since.elapsed() < KEPT_FOR && !one.connection.sender.is_closed());
+        kept.retain(Idle::is_usable);
         kept.pop().map(|one| one.connection)
     }
 
     fn keep(&self, origin: Origin, connection: Connection) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // also those of servers that no request goes to any more: redirects may lead to others each time
+        idle.retain(|_origin, kept| {
+            kept.retain(Idle::is_usable);
+            !kept.is_empty()
+        });
+        if idle.values().map(Vec::len).sum::<usize>() >= KEPT_IN_ALL || connection.sender.is_closed() {
+            return;
+        }
         let kept = idle.entry(origin).or_default();
-        if kept.len() < KEPT && !connection.sender.is_closed() {
+        if kept.len() < KEPT {
             kept.push(Idle { since: Instant::now(), connection });
         }
+    }
+}
+
+impl Idle {
+    fn is_usable(&self) -> bool {
+        self.since.elapsed() < KEPT_FOR && !self.connection.sender.is_closed()
     }
 }
 
@@ -369,6 +383,8 @@ pub(super) fn authorize(headers: &mut HeaderMap, value: &str) -> Result<(), Why>
 const CHUNK_BYTES: usize = 256 << 10;
 /// Connections to one server that wait for another request, and for how long.
 const KEPT: usize = 8;
+/// The same of all servers that the requests of one client were redirected to.
+const KEPT_IN_ALL: usize = 32;
 const KEPT_FOR: Duration = Duration::from_secs(30);
 /// Of an answer.
 const HEADERS: usize = 128;
