@@ -94,12 +94,15 @@ impl Lease {
 
     /// Removes it, if it is of this transfer: what it has held is collected, unless something else leads there.
     pub(super) async fn end(mut self) -> Result<()> {
-        if !std::mem::take(&mut self.is_own) {
+        if !self.is_own {
             return Ok(());
         }
         let (namespace, id) = (self.namespace.clone(), self.id.clone());
         let _pass = self.transfers.gate.enter().await?;
-        self.transfers.store.remove(move |db| leases::remove(db, namespace.as_str(), &id)).await.map(drop)
+        self.transfers.store.remove(move |db| leases::remove(db, namespace.as_str(), &id)).await?;
+        // not before: if the caller leaves while this waits, dropping it removes it
+        self.is_own = false;
+        Ok(())
     }
 }
 
