@@ -310,7 +310,7 @@ pub(super) const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v
 /// The labels that lead from one blob to another.
 const CONTENT_REFERENCE: &str = "containerd.io/gc.ref.content";
 /// Of one document: images have some tens.
-const MOST_CHILDREN: usize = 1000;
+pub(super) const MOST_CHILDREN: usize = 1000;
 /// Of one document. Registries take 4 MiB.
 pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 

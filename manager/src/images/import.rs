@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 use tokio::task::{JoinError, JoinSet};
 
 use super::archive::{self, Incoming, Part, Parts};
-use super::document::{Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, OCI_INDEX, RawDescriptor};
+use super::document::{
+    Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, MOST_CHILDREN, OCI_INDEX, RawDescriptor,
+};
 use super::lease::{Lease, Place};
 use super::names::{IMAGE_NAME, REF_NAME, Wanted, normalized, tag};
 use super::progress::{Progress, word};
@@ -321,7 +323,14 @@ impl Transfers {
             let config = contents.find(&image.config).ok_or_else(|| missing(&image.config))?;
             let config = Descriptor::new(DOCKER_CONFIG, config.digest.clone(), config.size);
             let mut layers = Vec::new();
-            for path in image.layers.unwrap_or_default() {
+            let (paths, names) = (image.layers.unwrap_or_default(), image.repo_tags.unwrap_or_default());
+            // no document that is made of more could be read
+            if paths.len() > MOST_CHILDREN || entries.len() + names.len().max(1) > MOST_CHILDREN {
+                return Err(Error::Invalid(format!(
+                    "manifest.json of the archive has more than {MOST_CHILDREN} layers of an image, or names"
+                )));
+            }
+            for path in paths {
                 let layer = contents.find(&path).ok_or_else(|| missing(&path))?;
                 let media_type = layer_type(&layer.magic);
                 let layer = if compresses && media_type == PLAIN_LAYER {
@@ -342,7 +351,6 @@ impl Transfers {
             let mut entry = self.put(namespace, lease, DOCKER_MANIFEST, json(&manifest)?).await?;
             let bytes = self.stored(namespace).read(&config).await?.ok_or_else(|| missing(&image.config))?;
             entry.platform = Configuration::parse(&bytes).map_err(of(&config.digest))?.platform;
-            let names = image.repo_tags.unwrap_or_default();
             if names.is_empty() {
                 entries.push(RawDescriptor::from(&entry));
             }
