@@ -106,6 +106,7 @@ impl TransferService {
                 transfers.pull(Pull { place, registry, wanted, progress }).await.map(drop)
             }
             (Side::Store(store), Side::Registry(registry)) => {
+                bound("platforms", store.platforms.len())?;
                 let platforms = platforms(&store.platforms);
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.push(Push { place, name: store.name, platforms, registry, progress }).await
@@ -125,6 +126,7 @@ impl TransferService {
             }
             (Side::Store(store), Side::Export(export)) => {
                 let names = names(&store)?;
+                bound("platforms", export.platforms.len())?;
                 let stream = self.streams.take(&place.namespace, &export.stream)?;
                 let (bytes, from) = mpsc::channel(CHUNKS);
                 let export = Export {
@@ -255,16 +257,19 @@ fn names(store: &ImageStore) -> Result<Vec<String>> {
     if store.extra_references.iter().any(|reference| reference.is_prefix) {
         return Err(Error::Unimplemented("a lookup of images by the beginning of their names".to_owned()));
     }
+    bound("references", store.extra_references.len())?;
     let own = Some(store.name.clone()).filter(|name| !name.is_empty());
     Ok(own.into_iter().chain(store.extra_references.iter().map(|reference| reference.name.clone())).collect())
+}
+
+/// Refuses more of something than a transfer may name.
+fn bound(what: &str, count: usize) -> Result<()> {
+    if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
 }
 
 fn wanted(store: ImageStore) -> Result<Wanted> {
     let labels = mask::without_empty(store.labels);
     name::labels(&labels)?;
-    let bound = |what: &str, count: usize| {
-        if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
-    };
     bound("platforms", store.platforms.len())?;
     bound("references", store.extra_references.len())?;
     bound("unpacks", store.unpacks.len())?;
