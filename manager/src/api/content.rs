@@ -267,7 +267,10 @@ impl Session {
             (begun, found) = begin(WriteContentRequest { expected: String::new(), ..first }).await?;
         }
         // of a commit that another process was taking over from, the bytes may have been written
-        if request.offset > 0 && !request.data.is_empty() && found.offset == request.offset + signed(request.data.len() as u64) {
+        if request.offset > 0
+            && !request.data.is_empty()
+            && found.offset == request.offset.saturating_add(signed(request.data.len() as u64))
+        {
             request.offset = found.offset;
             request.data.clear();
         }
