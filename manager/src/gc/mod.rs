@@ -162,8 +162,10 @@ impl Collector {
         if !all.snapshots.is_empty() || scan == Scan::All {
             self.snapshotters.remove_files(all.snapshots, scan).await;
         }
-        self.mounts.collect().await?;
+        // one that fails does not keep the other
+        let mounts = self.mounts.collect().await;
         self.content.collect(scan).await?;
+        mounts?;
         Ok(took)
     }
 
