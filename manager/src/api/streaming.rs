@@ -272,17 +272,21 @@ const WINDOW_BYTES: i32 = 8 << 20;
 const MOST_STREAMS: usize = 1024;
 const MAX_ID_BYTES: usize = 256;
 
+/// A stream, and its client's ends.
+#[cfg(test)]
+pub(super) type Ends = (Stream, mpsc::Sender<Result<Any>>, mpsc::Receiver<Result<Any, Status>>);
+
+/// Makes one.
+#[cfg(test)]
+pub(super) fn stream() -> Ends {
+    let (client, incoming) = mpsc::channel(MESSAGES);
+    let (outgoing, answers) = mpsc::channel(MESSAGES);
+    (Stream { incoming, outgoing }, client, answers)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    type Ends = (Stream, mpsc::Sender<Result<Any>>, mpsc::Receiver<Result<Any, Status>>);
-
-    fn stream() -> Ends {
-        let (client, incoming) = mpsc::channel(MESSAGES);
-        let (outgoing, answers) = mpsc::channel(MESSAGES);
-        (Stream { incoming, outgoing }, client, answers)
-    }
 
     fn key(id: &str) -> Key {
         (Namespace::parse("n").expect("a name"), id.to_owned())

@@ -83,12 +83,13 @@ impl TransferService {
             }
             None => (Progress::default(), None),
         };
+        let reports = Reports(progress.clone());
         let done = tokio::select! {
-            done = self.run(place, source, destination, progress.clone()) => done,
+            done = self.run(place, source, destination, progress) => done,
             // another process has taken over, where a client can repeat it
             () = self.gate.retired() => Err(Error::Retired),
         };
-        progress.end();
+        drop(reports);
         if let Some(mut report) = report
             && tokio::time::timeout(LAST_REPORTS, &mut report).await.is_err()
         {
@@ -170,7 +171,7 @@ impl TransferService {
         };
         let credentials = match resolver.auth_stream.as_str() {
             "" => None,
-            id => Some(Arc::new(Asking(Mutex::new(self.streams.take(namespace, id)?))) as Arc<dyn Credentials>),
+            id => Some(Arc::new(Asking(Mutex::new(Some(self.streams.take(namespace, id)?)))) as Arc<dyn Credentials>),
         };
         let options = Options {
             config_path: Options::folders(folders),
@@ -183,8 +184,20 @@ impl TransferService {
     }
 }
 
+/// Ends the reports of a transfer, also when its client does not wait any more.
+struct Reports(Progress);
+
+impl Drop for Reports {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 /// The client that has the credentials, asked over its stream.
-struct Asking(Mutex<Stream>);
+///
+/// **Invariant:** after a question that was not answered in time there is no stream. The late answer would be taken for that to the next
+/// question, and a credential go to another host.
+struct Asking(Mutex<Option<Stream>>);
 
 #[async_trait]
 impl Credentials for Asking {
@@ -196,9 +209,13 @@ impl Credentials for Asking {
         };
         let asked = async {
             // one question at a time
-            let mut stream = self.0.lock().await;
+            let mut place = self.0.lock().await;
+            let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
+            let mut stream = place.take().ok_or_else(unanswered)?;
             stream.send(to_any(&request)).await?;
-            stream.receive().await
+            let answer = stream.receive().await?;
+            *place = Some(stream);
+            Ok::<_, Error>(answer)
         };
         let answer = tokio::time::timeout(ANSWERED, asked).await;
         let answer = answer.map_err(|_elapsed| Error::Precondition(format!("no credentials came within {ANSWERED:?}")))??;
@@ -307,3 +324,33 @@ const LAST_REPORTS: Duration = Duration::from_secs(2);
 const ANSWERED: Duration = Duration::from_secs(300);
 /// Platforms, names and snapshotters of one transfer.
 const MOST_OPTIONS: usize = 100;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::streaming::stream;
+
+    #[tokio::test]
+    async fn reports_end_with_their_transfer_also_when_it_is_given_up() {
+        let (progress, mut reader) = Progress::new();
+        drop(Reports(progress));
+        assert!(reader.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_credential_that_comes_late_goes_to_no_other_host() {
+        let answer = AuthResponse { auth_type: AuthType::Credentials.into(), secret: "s".to_owned(), ..AuthResponse::default() };
+        let of = |host| Challenge { host, reference: "r", headers: &[] };
+        let (in_time, client, _questions) = stream();
+        let asking = Asking(Mutex::new(Some(in_time)));
+        for host in ["one", "two"] {
+            client.send(Ok(to_any(&answer))).await.expect("it receives");
+            assert!(asking.of(&of(host)).await.expect("an answer").is_some());
+        }
+        let given_up = tokio::time::timeout(Duration::from_millis(20), asking.of(&of("one"))).await;
+        assert!(given_up.is_err(), "there is no answer yet");
+        // its end of the stream may be gone
+        let _ = client.send(Ok(to_any(&answer))).await;
+        assert_eq!(asking.of(&of("two")).await.expect_err("it was one's").code(), tonic::Code::FailedPrecondition);
+    }
+}
