@@ -77,8 +77,17 @@ impl Wanted {
 
     fn image(&self, name: String, target: &Descriptor) -> Image {
         let mut target = target.to_wire();
-        // records have bounds that documents do not have
-        target.annotations.retain(|key, value| key.len() + value.len() <= MOST_ANNOTATION_BYTES);
+        // records have bounds that documents do not have, and clients receive all of them in one message
+        let mut annotations: Vec<_> = target.annotations.drain().collect();
+        annotations.sort();
+        let mut room = ALL_ANNOTATIONS_BYTES;
+        annotations.retain(|(key, value)| {
+            let bytes = key.len() + value.len();
+            let fits = bytes <= MOST_ANNOTATION_BYTES.min(room);
+            room -= if fits { bytes } else { 0 };
+            fits
+        });
+        target.annotations.extend(annotations);
         Image { name, labels: self.labels.clone(), target: Some(target), ..Image::default() }
     }
 }
@@ -141,6 +150,8 @@ pub(super) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// Of key and value, in a record.
 const MOST_ANNOTATION_BYTES: usize = 1024;
+/// Of all of them in one record.
+const ALL_ANNOTATIONS_BYTES: usize = 4096;
 
 #[cfg(test)]
 mod tests {
@@ -195,6 +206,18 @@ mod tests {
         let wanted = Wanted { references, ..Wanted::default() };
         let names: Vec<_> = wanted.whole(&target).into_iter().map(|image| image.name).collect();
         assert_eq!(names, ["i".to_owned(), format!("d@{}", target.digest)]);
+    }
+
+    #[test]
+    fn a_record_has_few_annotations_of_a_document_and_its_names_among_them() {
+        let mut image = Descriptor::new("m", Digest::of_bytes(b"x"), 1);
+        image.annotations = (0..1000).map(|number| (format!("x{number:03}"), "v".repeat(500))).collect();
+        image.annotations.insert("long".to_owned(), "v".repeat(1024));
+        image.annotations.insert(IMAGE_NAME.to_owned(), "h/a:1".to_owned());
+        let wanted = Wanted { name: "n".to_owned(), ..Wanted::default() };
+        let target = wanted.whole(&image).remove(0).target.expect("a target");
+        assert!(target.annotations.contains_key(IMAGE_NAME) && target.annotations.contains_key("x000"));
+        assert_eq!(target.annotations.len(), 9);
     }
 
     #[test]
