@@ -185,7 +185,8 @@ async fn tunnel(stream: &mut Box<dyn Stream>, origin: &Origin, authorization: Op
         }
         head.push(stream.read_u8().await.map_err(broken)?);
     }
-    let line = String::from_utf8_lossy(head.split(|byte| *byte == b'\r').next().unwrap_or_default()).into_owned();
+    let line = String::from_utf8_lossy(head.split(|byte| *byte == b'\r').next().unwrap_or_default());
+    let line: String = line.chars().filter(|character| !character.is_control()).take(SHOWN).collect();
     let status = line.split(' ').nth(1).unwrap_or_default();
     match status {
         "200" => Ok(()),
@@ -221,3 +222,5 @@ fn reason(error: &io::Error) -> String {
 const STAGGER: Duration = Duration::from_millis(300);
 /// Of a proxy's answer.
 const HEAD_BYTES: usize = 16 << 10;
+/// Characters of its first line.
+const SHOWN: usize = 200;
