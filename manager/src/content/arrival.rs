@@ -171,7 +171,7 @@ impl Read for Follower {
                 }
                 Phase::Writing => {}
             }
-            // not for ever: whoever cancels has no way to notify
+            // not for ever: a cancellation does not notify
             state = self.arrival.moved.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
         let available = usize::try_from(state.written - self.at).unwrap_or(usize::MAX).min(buffer.len());

@@ -74,7 +74,7 @@ fn blocking_read(bytes: Incoming, parts: &mpsc::Sender<Part>) {
     let read = read(&mut source, parts);
     // the sender's own error is the cause
     let ended = source.error.take().map_or(read, Err);
-    // whoever takes no more has an error of its own
+    // a receiver that has ended reports an error of its own
     let _ = parts.blocking_send(Part::End(ended));
 }
 

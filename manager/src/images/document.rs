@@ -135,17 +135,17 @@ impl Document {
             return Err(schema1());
         }
         let own = raw.media_type.as_deref().unwrap_or_default();
-        let (said, told) = (Kind::of(own), Kind::of(media_type));
-        if said.is_document() && told.is_document() && own != media_type {
+        let (own_kind, named_kind) = (Kind::of(own), Kind::of(media_type));
+        if own_kind.is_document() && named_kind.is_document() && own != media_type {
             return Err(Error::Invalid(format!("it is called {media_type}, and calls itself {}", shown(own))));
         }
         let (has_manifests, has_layers) = (raw.manifests.is_some(), raw.layers.is_some() || raw.config.is_some());
         if has_manifests && has_layers {
             return Err(Error::Invalid("it has both manifests and layers, so that it could be read as two images".to_owned()));
         }
-        let (kind, media_type) = match (told, said) {
-            (Kind::Index | Kind::Manifest, _) => (told, media_type),
-            (_, Kind::Index | Kind::Manifest) => (said, own),
+        let (kind, media_type) = match (named_kind, own_kind) {
+            (Kind::Index | Kind::Manifest, _) => (named_kind, media_type),
+            (_, Kind::Index | Kind::Manifest) => (own_kind, own),
             _ if has_manifests => (Kind::Index, OCI_INDEX),
             _ if has_layers => (Kind::Manifest, OCI_MANIFEST),
             _ => return Err(Error::Invalid(format!("{} is neither an index nor a manifest", shown(media_type)))),
@@ -336,9 +336,9 @@ mod tests {
     #[test]
     fn documents_without_a_media_type_are_what_they_have() {
         let index = json!({ "schemaVersion": 2, "manifests": [descriptor(OCI_MANIFEST, 'a')] });
-        for told in ["", "application/octet-stream", "text/plain"] {
-            assert_eq!(parse(&manifest(), told).expect("a manifest").1, OCI_MANIFEST);
-            assert_eq!(parse(&index, told).expect("an index").1, OCI_INDEX);
+        for named in ["", "application/octet-stream", "text/plain"] {
+            assert_eq!(parse(&manifest(), named).expect("a manifest").1, OCI_MANIFEST);
+            assert_eq!(parse(&index, named).expect("an index").1, OCI_INDEX);
         }
         assert_eq!(parse(&manifest(), DOCKER_MANIFEST).expect("a manifest").1, DOCKER_MANIFEST);
         let empty = json!({ "schemaVersion": 2, "config": descriptor(DOCKER_CONFIG, 'a'), "layers": [] });
@@ -349,8 +349,8 @@ mod tests {
     fn what_could_be_read_as_two_images_is_refused() {
         let mut both = manifest();
         both["manifests"] = json!([descriptor(OCI_MANIFEST, 'c')]);
-        for told in [OCI_MANIFEST, OCI_INDEX, ""] {
-            assert!(parse(&both, told).expect_err("both").to_string().contains("both manifests and layers"));
+        for named in [OCI_MANIFEST, OCI_INDEX, ""] {
+            assert!(parse(&both, named).expect_err("both").to_string().contains("both manifests and layers"));
         }
         let mut named = manifest();
         named["mediaType"] = json!(OCI_INDEX);
@@ -363,8 +363,8 @@ mod tests {
     #[test]
     fn schema_1_is_refused_in_one_sentence() {
         let old = json!({ "schemaVersion": 1, "fsLayers": [{ "blobSum": "sha256:0" }], "history": [] });
-        for told in ["", "application/vnd.docker.distribution.manifest.v1+prettyjws", OCI_MANIFEST] {
-            assert!(parse(&old, told).expect_err("old").to_string().contains("schema 1 image manifests are no longer supported"));
+        for named in ["", "application/vnd.docker.distribution.manifest.v1+prettyjws", OCI_MANIFEST] {
+            assert!(parse(&old, named).expect_err("old").to_string().contains("schema 1 image manifests are no longer supported"));
         }
     }
 

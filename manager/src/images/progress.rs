@@ -188,7 +188,7 @@ mod tests {
         let expected = [("Importing", 0), (word::WAITING, 0), (word::DOWNLOADING, 49), (word::COMPLETE, 100)];
         assert_eq!(words, expected.map(|(word, bytes)| (word.to_owned(), bytes)));
         drop(reader);
-        progress.say("nobody reads".to_owned());
+        progress.say("there is no reader".to_owned());
         assert!(progress.0.expect("it was read").queue().events.is_empty());
     }
 }

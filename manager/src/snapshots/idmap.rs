@@ -66,8 +66,8 @@ impl Maps {
     }
 }
 
-/// The map that leads back. What it would leave without an id, like root's own folders, gets one of those that become free: the kernel lets
-/// nobody touch files without one.
+/// The map that leads back. What it would leave without an id, like root's own folders, gets one of those that become free: the kernel
+/// refuses every access to files without one.
 fn inverse(ranges: &[Range]) -> Vec<Range> {
     let span = |first: u32, count: u32| (first, count);
     let (inside, outside): (Vec<_>, Vec<_>) =

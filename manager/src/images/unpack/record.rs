@@ -101,7 +101,7 @@ fn set(db: &mut Meta<'_>, namespace: &Namespace, digest: &Digest, key: &str, val
     blobs::put(db, namespace.as_str(), digest.as_str(), &info)
 }
 
-/// Names the snapshot of a layer; clients that prepare one with it are told that it is there.
+/// Names the snapshot of a layer; a Prepare with it is answered that it exists.
 const TARGET_LABEL: &str = "containerd.io/snapshot.ref";
 /// On a layer's blob: the digest of what it is without compression.
 const UNCOMPRESSED_LABEL: &str = "containerd.io/uncompressed";

@@ -58,7 +58,7 @@ impl Client {
         }
     }
 
-    /// What is wrong, as its client hears it.
+    /// The error that the client of a call receives.
     pub(super) fn failed(&self, status: &Status) -> Error {
         // what the connection has failed with, rather than the proxy
         let mut cause = std::error::Error::source(status);

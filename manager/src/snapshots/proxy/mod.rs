@@ -198,7 +198,7 @@ impl Proxy {
     }
 }
 
-/// Labels that a proxy is told: containerd's own rule.
+/// Labels that are passed to a proxy: containerd's own rule.
 pub(super) fn inherited(labels: &HashMap<String, String>) -> HashMap<String, String> {
     let is_inherited = |key: &str| key == "containerd.io/snapshot.ref" || key.starts_with("containerd.io/snapshot/");
     labels.iter().filter(|(key, _)| is_inherited(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
