@@ -129,8 +129,11 @@ fn outside(path: &str, target: &[u8]) -> Error {
     Error::Invalid(format!("{path:?} of the archive is a link to {target:?}, which leads out of it"))
 }
 
-/// A name without `.` and `..`; none if it leads out of the archive, or is no text.
+/// A name without `.` and `..`; none if it leads out of the archive, is no text, or longer than any that is needed: all names are kept.
 pub(super) fn clean(path: &[u8]) -> Option<String> {
+    if path.len() > MOST_NAME_BYTES {
+        return None;
+    }
     let mut parts: Vec<&str> = Vec::new();
     for part in std::str::from_utf8(path).ok()?.split('/') {
         match part {
@@ -211,6 +214,8 @@ impl Write for Sink {
 const PARTS: usize = 8;
 /// As many as parts of the largest images, and their folders.
 const MOST_ENTRIES: u64 = 50_000;
+/// As long as a path may be.
+const MOST_NAME_BYTES: usize = 4096;
 pub(super) const CHUNK_BYTES: usize = 256 << 10;
 
 #[cfg(test)]
@@ -266,6 +271,8 @@ mod tests {
             ("a/l", link("../b"), b""),
             ("h", Kind::HardLink { target: b"./b".to_vec() }, b""),
             ("empty", Kind::File { size: 0 }, b""),
+            // nothing needs it
+            (&"long/".repeat(1000), Kind::File { size: 3 }, b"def"),
         ]);
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         gzip.write_all(&plain).expect("memory");
@@ -273,7 +280,7 @@ mod tests {
         for bytes in [plain, gzip.finish().expect("memory"), zstd] {
             let (read, parts) = parts(bytes).await;
             read.expect("it is whole");
-            assert_eq!(parts, ["b 3 abc", "a/l -> b", "h -> b", "empty 0 "]);
+            assert_eq!(parts, ["b 3 abc", "a/l -> b", "h -> b", "empty 0 ", " 3 def"]);
         }
     }
 

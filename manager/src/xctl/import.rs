@@ -159,7 +159,7 @@ async fn send(
         }
         let number = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let (name, event) = (shown.display().to_string(), if sent == total { "sent" } else { "sending" }.to_owned());
-        // whoever shows it may have ended
+        // what shows it may have ended
         let _ = report.send(Event { event, name, progress: number(sent), total: number(total), ..Event::default() });
     }
     // the end of the requests is the end of the archive
