@@ -319,6 +319,7 @@ impl Transfers {
             Error::Invalid(format!("manifest.json of the archive names {shown:?}, which the archive does not have"))
         };
         let mut entries = Vec::new();
+        let mut compressed: HashMap<Digest, (Digest, u64)> = HashMap::new();
         for image in saved {
             let config = contents.find(&image.config).ok_or_else(|| missing(&image.config))?;
             let config = Descriptor::new(DOCKER_CONFIG, config.digest.clone(), config.size);
@@ -334,7 +335,12 @@ impl Transfers {
                 let layer = contents.find(&path).ok_or_else(|| missing(&path))?;
                 let media_type = layer_type(&layer.magic);
                 let layer = if compresses && media_type == PLAIN_LAYER {
-                    let (digest, size) = self.compress(namespace, lease, &layer.digest).await?;
+                    // images share layers
+                    let (digest, size) = match compressed.get(&layer.digest) {
+                        Some(done) => done.clone(),
+                        None => self.compress(namespace, lease, &layer.digest).await?,
+                    };
+                    compressed.insert(layer.digest.clone(), (digest.clone(), size));
                     Descriptor::new(GZIP_LAYER, digest, size)
                 } else {
                     Descriptor::new(media_type, layer.digest.clone(), layer.size)
