@@ -82,7 +82,7 @@ pub(crate) async fn an_import_whose_lease_is_pruned_says_so_and_can_be_repeated(
     Ok(())
 }
 
-pub(crate) async fn content_that_a_killed_client_has_left_without_labels_belongs_to_the_image_of_the_next_import(cx: Context) -> Result<()> {
+pub(crate) async fn an_import_keeps_what_a_killed_one_has_left_without_labels(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let (client, image) = (cx.client(), image(85, "unlabelled"));
     let archive = cx.folder().join("unlabelled.tar");
