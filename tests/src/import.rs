@@ -53,25 +53,46 @@ impl<'i> Import<'i> {
         self.unpack(report).await
     }
 
-    /// Uploads all content.
+    /// Uploads all content. What is there already keeps the labels that it has, which may be none: it is labelled by a call of its own, as
+    /// containerd's clients do with everything.
     pub async fn upload(&self, report: &mut (dyn FnMut(Fact) + Send)) -> Answer<()> {
         let layers = self.image.layers.iter().enumerate().map(|(number, layer)| (format!("{GC_CONTENT}l.{number}"), layer.digest.clone()));
         let links: Vec<_> = layers.chain([(format!("{GC_CONTENT}config"), digest(&self.image.config))]).collect();
         let manifest = digest(&self.image.manifest);
         for (digest, bytes) in self.image.blobs() {
             let labels = if digest == manifest { &links[..] } else { &[] };
-            self.put(&digest, bytes, labels).await?;
+            let is_new = self.put(&digest, bytes, labels).await?;
+            if !is_new && !labels.is_empty() {
+                self.label(&digest, labels).await?;
+            }
             report(Fact::Blob(digest));
         }
         Ok(())
     }
 
-    async fn put(&self, digest: &str, bytes: &[u8], labels: &[(String, String)]) -> Answer<()> {
+    /// Uploads all content without labels: what ctr has left when it is killed before it labels anything.
+    pub async fn upload_without_labels(&self) -> Answer<()> {
+        for (digest, bytes) in self.image.blobs() {
+            self.put(&digest, bytes, &[]).await?;
+        }
+        Ok(())
+    }
+
+    /// Sets labels of content.
+    async fn label(&self, digest: &str, labels: &[(String, String)]) -> Answer<()> {
+        let paths = labels.iter().map(|(key, _)| format!("labels.{key}")).collect();
+        let info = Info { digest: digest.to_owned(), labels: labels.iter().cloned().collect(), ..Info::default() };
+        let request = UpdateRequest { info: Some(info), update_mask: Some(FieldMask { paths }) };
+        self.client.api().content().update(self.client.request(request)).await.map(drop)
+    }
+
+    /// Uploads a blob, and returns whether it was not there.
+    async fn put(&self, digest: &str, bytes: &[u8], labels: &[(String, String)]) -> Answer<bool> {
         let size = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
         let mut first = stat(&format!("{}-{digest}", self.lease));
         (first.expected, first.total) = (digest.to_owned(), size);
         let (mut upload, _) = match Upload::begin(&self.client, first).await {
-            Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
+            Err(status) if status.code() == Code::AlreadyExists => return Ok(false),
             begun => begun?,
         };
         let mut last = commit(0, size, digest);
@@ -86,7 +107,10 @@ impl<'i> Import<'i> {
                 upload.send(crate::upload::write(offset, part)).await?;
             }
         }
-        unless(upload.send(last).await.map(drop), Code::AlreadyExists)
+        match upload.send(last).await {
+            Err(status) if status.code() == Code::AlreadyExists => Ok(false),
+            committed => committed.map(|_answer| true),
+        }
     }
 
     /// Creates the image.
@@ -116,11 +140,7 @@ impl<'i> Import<'i> {
     /// Makes a snapshot of each layer, and has the configuration hold the uppermost.
     pub async fn unpack(&self, report: &mut (dyn FnMut(Fact) + Send)) -> Answer<()> {
         let uppermost = self.unpack_layers(usize::MAX, report).await?;
-        let label = format!("containerd.io/gc.ref.snapshot.{OVERLAYFS}");
-        let info = Info { digest: digest(&self.image.config), labels: [(label.clone(), uppermost)].into(), ..Info::default() };
-        let update_mask = Some(FieldMask { paths: vec![format!("labels.{label}")] });
-        let request = UpdateRequest { info: Some(info), update_mask };
-        self.client.api().content().update(self.client.request(request)).await.map(drop)
+        self.label(&digest(&self.image.config), &[(format!("containerd.io/gc.ref.snapshot.{OVERLAYFS}"), uppermost)]).await
     }
 
     async fn unpack_layer(&self, layer: &Arc<Layer>, chain: &str, parent: &str) -> Answer<()> {

@@ -82,6 +82,26 @@ pub(crate) async fn an_import_whose_lease_is_pruned_says_so_and_can_be_repeated(
     Ok(())
 }
 
+pub(crate) async fn an_import_keeps_what_a_killed_one_has_left_without_labels(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (client, image) = (cx.client(), image(85, "unlabelled"));
+    let archive = cx.folder().join("unlabelled.tar");
+    fs::write(&archive, image.archive())?;
+    for importer in ["step by step", "ctr --local", "ctr"] {
+        let killed = Import::begin(client, &image, "killed").await?;
+        killed.upload_without_labels().await?;
+        let local: &[&str] = if importer == "ctr --local" { &["--local"] } else { &[] };
+        match importer {
+            "step by step" => import(client, &image, "next").await?,
+            _ => drop(printed(ctr(&cx).args(["images", "import"]).args(local).arg(&archive))?),
+        }
+        // ends the lease of the killed one, too
+        is_whole(&cx, &image).await.context(importer)?;
+        delete_image(client, &image.name, true).await?;
+    }
+    Ok(())
+}
+
 pub(crate) async fn a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let (client, image) = (cx.client(), image(87, "retried"));

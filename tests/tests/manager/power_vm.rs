@@ -77,7 +77,8 @@ pub(crate) async fn an_acknowledged_image_survives_the_end_of_its_virtual_machin
         });
         let verdict = judge(shim_tests::power::Program::Manager, &disk, "root", &folder, &images, facts.collect()).await;
         let verdict = verdict.with_context(|| format!("machine {kill}, killed after {after:?}"))?;
-        let wrong = [verdict.damage, verdict.unmended].concat();
+        let unmended = verdict.unmended.into_iter().map(|damage| format!("after a second import: {damage}"));
+        let wrong: Vec<_> = verdict.damage.into_iter().chain(unmended).collect();
         ensure!(wrong.is_empty(), "machine {kill}, killed after {after:?} with {} images acknowledged: {wrong:#?}", known.len());
         println!(
             "machine {kill}: killed {after:?} after x-manager began to serve, {} of {} imports acknowledged: all is whole",
