@@ -176,7 +176,8 @@ async fn the_end_of_a_connection_or_of_a_lease_leaves_nothing() {
             client.f.blob(blob).await;
         }
         client.meant();
-        client.until("drafts", |client| client.f.folders().len() >= 4).await;
+        // of the four, one says nothing without those below it, and its draft goes at once
+        client.until("drafts", |client| client.f.folders().len() >= 3).await;
         if ends_with_lease {
             client.f.unpacker.store.remove(|db| leases::remove(db, "n", LEASE)).await.expect("removed");
         } else {

@@ -337,7 +337,8 @@ async fn a_caller_that_leaves_leaves_nothing() {
     let unpacker = f.unpacker.clone();
     let unpacking = tokio::spawn(async move { unpacker.unpack(unpack, silent()).await });
     tokio::time::timeout(Duration::from_secs(20), async {
-        while f.folders().len() < 4 {
+        // of the four, one says nothing without those below it, and its draft goes at once
+        while f.folders().len() < 3 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     })
