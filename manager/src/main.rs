@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 mod api;
+mod chunks;
 mod config;
 mod content;
 mod control;

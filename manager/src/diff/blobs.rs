@@ -1,13 +1,12 @@
 //! Layers that are read from content and written to it.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
 
 use containerd_client::types::Mount;
-use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
 use super::Differ;
+use crate::chunks::Sink;
 use crate::content::{Digest, Opening, Writer};
 use crate::error::{Error, Result};
 use crate::host;
@@ -38,7 +37,7 @@ impl Differ {
         let _ends_with_caller = cancel.guard();
         let (send, chunks) = mpsc::channel(CHUNKS);
         let create = self.pool.run(move || {
-            let mut sink = Chunks { send, buffer: Vec::with_capacity(CHUNK_BYTES) };
+            let mut sink = Sink::new(send);
             this.blocking_diff(&left, &right, &mut sink, new.compression, new.times, &cancel)
         });
         // when it fails, the channel closes, and the other side fails too
@@ -76,29 +75,6 @@ async fn commit(writer: &mut Writer, labels: HashMap<String, String>) -> Result<
     }
 }
 
-/// Passes on what is written to another task, in chunks.
-struct Chunks {
-    send: mpsc::Sender<Bytes>,
-    buffer: Vec<u8>,
-}
-
-impl Write for Chunks {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() >= CHUNK_BYTES {
-            self.flush()?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let full = std::mem::replace(&mut self.buffer, Vec::with_capacity(CHUNK_BYTES));
-        let gone = |_| io::Error::other("the content store takes no more");
-        if full.is_empty() { Ok(()) } else { self.send.blocking_send(full.into()).map_err(gone) }
-    }
-}
-
 const CHUNKS: usize = 4;
-const CHUNK_BYTES: usize = 256 << 10;
 /// On compressed content: the digest of what it is without compression.
 const UNCOMPRESSED_LABEL: &str = "containerd.io/uncompressed";

@@ -2,11 +2,12 @@
 //!
 //! **Invariants:** an archive is never held as a whole. Names of files are keys, and no paths of the host. When one side ends, so does the other.
 
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Read};
 
 use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
+use crate::chunks::CHUNK_BYTES;
 use crate::error::{Error, Result, chain};
 use crate::layers::decode::Decoder;
 use crate::layers::tar::{Kind, Limits, Reader, TarError};
@@ -182,44 +183,17 @@ impl Read for Source {
     }
 }
 
-/// Passes on what is written, in chunks.
-pub(super) struct Sink {
-    send: mpsc::Sender<Bytes>,
-    buffer: Vec<u8>,
-}
-
-impl Sink {
-    pub(super) fn new(send: mpsc::Sender<Bytes>) -> Self {
-        Self { send, buffer: Vec::with_capacity(CHUNK_BYTES) }
-    }
-}
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() >= CHUNK_BYTES {
-            self.flush()?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let full = std::mem::replace(&mut self.buffer, Vec::with_capacity(CHUNK_BYTES));
-        let gone = |_| io::Error::other("its receiver has ended");
-        if full.is_empty() { Ok(()) } else { self.send.blocking_send(full.into()).map_err(gone) }
-    }
-}
-
 /// On their way to where they are taken.
 const PARTS: usize = 8;
 /// As many as parts of the largest images, and their folders.
 const MOST_ENTRIES: u64 = 50_000;
 /// As long as a path may be.
 const MOST_NAME_BYTES: usize = 4096;
-pub(super) const CHUNK_BYTES: usize = 256 << 10;
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
     use crate::layers::tar::{Entry, Time, Writer};
 

@@ -7,7 +7,7 @@ use flate2::write::GzEncoder;
 use tokio::sync::mpsc;
 
 use super::Transfers;
-use super::archive::{CHUNK_BYTES, Sink};
+use crate::chunks::{CHUNK_BYTES, Sink};
 use crate::content::{Digest, Opening};
 use crate::error::{Error, Result};
 use crate::name::Namespace;

@@ -13,7 +13,6 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::Transfers;
-use super::archive::{CHUNK_BYTES, Sink};
 use super::document::{Descriptor, OCI_INDEX, RawDescriptor};
 use super::import::LAYOUT_VERSION;
 use super::lease::{Lease, Place};
@@ -21,6 +20,7 @@ use super::names::{IMAGE_NAME, REF_NAME, familiar, tag};
 use super::platform::{Platform, Platforms};
 use super::progress::{Progress, word};
 use super::tree::{Selection, Tree};
+use crate::chunks::{CHUNK_BYTES, Sink};
 use crate::content::{Blob, Digest, Hasher};
 use crate::error::{Error, Object, Result};
 use crate::layers::tar::{Entry, Kind as File, Time, Writer};

@@ -79,7 +79,7 @@ impl Contents {
 }
 
 impl Transfers {
-    /// Imports an archive, and returns the names of its images. It ends with its caller; what is there by then is collected.
+    /// Imports an archive, and returns the names of its images. When the caller leaves, the import ends, and the collector removes what has come.
     pub(crate) async fn import(self: &Arc<Self>, import: Import) -> Result<Vec<String>> {
         let lease = self.lease(&import.place).await?;
         let imported = self.import_under(&lease, import).await;

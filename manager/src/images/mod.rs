@@ -25,7 +25,6 @@ mod progress;
 mod pull;
 mod push;
 mod record;
-#[allow(dead_code, unused_imports)] // its interface is larger than what transfers use
 pub(crate) mod registry;
 mod tag;
 mod tree;

@@ -32,7 +32,7 @@ pub(crate) struct Pull {
 }
 
 impl Transfers {
-    /// Pulls an image, and returns what it is. It ends with its caller; what is there by then is collected.
+    /// Pulls an image, and returns what it is. When the caller leaves, the pull ends, and the collector removes what has come.
     pub(crate) async fn pull(self: &Arc<Self>, pull: Pull) -> Result<Descriptor> {
         let lease = self.lease(&pull.place).await?;
         let pulled = self.pull_under(&lease, &pull).await;

@@ -7,8 +7,6 @@ use std::time::Duration;
 use hyper::StatusCode;
 use tonic::Code;
 
-use crate::content::Digest;
-
 /// The result of a request to a registry.
 pub(crate) type Result<T, E = RegistryError> = std::result::Result<T, E>;
 
@@ -83,11 +81,6 @@ impl RegistryError {
             .into_iter()
             .find(|code| all(*code))
             .unwrap_or(Code::Unavailable)
-    }
-
-    /// Whether all hosts have reported that they do not have it.
-    pub(crate) fn is_not_found(&self) -> bool {
-        self.code() == Code::NotFound
     }
 }
 

@@ -39,10 +39,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use hyper::body::Bytes;
 
-pub(crate) use document::media_type as document_type;
 pub(crate) use error::{Attempt, RegistryError, Result};
 pub(crate) use fetch::Blob;
-pub(crate) use net::{Proxies, Resolver};
+#[cfg(test)]
+use net::{Proxies, Resolver};
 pub(crate) use options::{Challenge, Credentials, Limits, Options, Secret};
 pub(crate) use reference::Reference;
 
@@ -66,11 +66,6 @@ impl Descriptor {
     /// Content of that type; no URLs.
     pub(crate) fn new(media_type: impl Into<String>, digest: Digest, size: u64) -> Self {
         Self { media_type: media_type.into(), digest, size, urls: Vec::new() }
-    }
-
-    /// Whether a registry has it among the manifests.
-    pub(crate) fn is_manifest(&self) -> bool {
-        is_manifest(&self.media_type)
     }
 }
 

@@ -5,6 +5,8 @@ mod dns;
 mod proxy;
 mod tls;
 
-pub(super) use connect::{ConnectError, Connected, Connector, Stream};
+#[cfg(test)]
+pub(super) use connect::Stream;
+pub(super) use connect::{ConnectError, Connector};
 pub(crate) use dns::Resolver;
 pub(crate) use proxy::Proxies;

@@ -97,7 +97,7 @@ async fn a_missing_name_is_not_found_and_says_what_the_registry_says() {
     let registry = Double::http(|_, _| Reply::new(404).body(r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"no such tag"}]}"#)).await;
     let client = world.plain(&registry, "a/b:x").await;
     let error = client.resolve().await.expect_err("not found");
-    assert!(error.is_not_found() && error.code() == tonic::Code::NotFound);
+    assert_eq!(error.code(), tonic::Code::NotFound);
     let host = format!("r.example:{}", registry.port());
     assert_eq!(error.to_string(), format!("resolve {host}/a/b:x: {host}: 404 not found (MANIFEST_UNKNOWN: no such tag)"));
     assert_eq!(registry.seen().len(), 2);
