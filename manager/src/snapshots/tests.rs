@@ -79,6 +79,18 @@ fn sentence<T: std::fmt::Debug>(result: Result<T>) -> (tonic::Code, String) {
 }
 
 #[tokio::test]
+async fn a_file_system_that_can_spreads_snapshots_over_the_disk() {
+    let Some(f) = Fixture::new("spread") else { return };
+    let base = fs::File::open(f.snapshots.base(Snapshotter::Overlayfs)).expect("a folder");
+    let other = fs::File::open(&*f.folder).expect("a folder");
+    let able = rustix::fs::ioctl_getflags(&other).and_then(|flags| rustix::fs::ioctl_setflags(&other, flags | rustix::fs::IFlags::TOPDIR));
+    match able {
+        Ok(()) => assert!(rustix::fs::ioctl_getflags(&base).expect("flags").contains(rustix::fs::IFlags::TOPDIR)),
+        Err(error) => eprintln!("skipped: this file system has no such flag: {error}"),
+    }
+}
+
+#[tokio::test]
 async fn mounts_are_those_of_containerd() {
     let Some(f) = Fixture::new("mounts") else { return };
     let base = f.snapshots.base(Snapshotter::Overlayfs).display().to_string();
