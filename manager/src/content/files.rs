@@ -416,7 +416,7 @@ pub(super) fn age_of(path: &Path) -> Option<std::time::Duration> {
 }
 
 /// What is written to the disk at once, while more comes.
-const WRITEBACK_BYTES: u64 = 8 << 20;
+const WRITEBACK_BYTES: u64 = 2 << 20;
 /// What is hashed at once.
 const BUFFER_BYTES: usize = 256 << 10;
 /// The longest text of an ingest: a reference with its namespace.

@@ -25,7 +25,7 @@ pub(super) fn write<R: BufRead>(file: &OwnedFd, size: u64, reader: &mut Reader<R
             }
         }
     }
-    if begun > 0 && end > begun {
+    if end - begun >= WORTH_WRITEBACK_BYTES {
         let _ = writeback::begin(file, begun, end - begun);
     }
     if end < size {
@@ -75,8 +75,11 @@ fn is_zero(bytes: &[u8]) -> bool {
     words.iter().all(|word| *word == [0; 32]) && rest.iter().all(|byte| *byte == 0)
 }
 
-/// Of one file. Smaller files are written when the kernel does so, or at the commit.
+/// Of one file, written at once.
 const WRITEBACK_BYTES: u64 = 4 << 20;
+/// The shortest file, or end of one, whose write-back is begun early. Smaller ones are written when the kernel does so, or at the commit: one request to
+/// the disk for each of them would cost more than the wait.
+const WORTH_WRITEBACK_BYTES: u64 = 256 << 10;
 /// The smallest hole: smaller ones would only cut files into many extents.
 const PIECE_BYTES: usize = 32 << 10;
 

@@ -25,11 +25,12 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::rc::Rc;
 use std::thread;
 
-use log::warn;
+use log::{debug, warn};
 use rustix::fs::{AtFlags, FlockOperation, Stat, flock, utimensat};
 use rustix::io::Errno;
 
@@ -38,6 +39,7 @@ use super::lower::Lowers;
 use super::ring::{Cancel, UntilCancelled, cancelled, ring};
 use super::tar::{Entry, Limits, Reader, TarError, Time, shown};
 use super::{LayerError, LayerLimits, OnFile as _, Result, tree};
+use crate::sys::priority;
 
 /// What a layer is applied to.
 #[derive(Debug)]
@@ -64,7 +66,7 @@ pub(crate) struct Applied {
     pub(crate) needs_lowers: bool,
 }
 
-/// Applies a layer, compressed or not, on this thread and another one, until it is done or cancelled.
+/// Applies a layer, compressed or not, on two threads of its own, until it is done or cancelled. Calls go before them.
 ///
 /// Errors: [`LayerError::Busy`], before anything of the blob is read.
 pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLimits, cancel: &Cancel) -> Result<Applied> {
@@ -77,13 +79,11 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
     let decoder = Decoder::new(UntilCancelled::new(blob, cancel)).map_err(TarError::Read)?;
     let compression = decoder.compression();
     let (filler, taker) = ring(limits.layer_bytes, cancel);
-    thread::scope(|scope| {
-        let stage = thread::Builder::new().name("layer-decode".to_owned()).stack_size(STACK_BYTES);
-        stage.spawn_scoped(scope, move || filler.fill(decoder)).file("start a thread for", b"")?;
-        let tar_limits = Limits { entries: limits.entries, ..Limits::default() };
+    let bounds = Bounds { copied: limits.layer_bytes, names: NAMES_BYTES, cancel: cancel.clone() };
+    let tar_limits = Limits { entries: limits.entries, ..Limits::default() };
+    let write = move || {
         let mut reader = Reader::new(taker, tar_limits);
-        let mut layer =
-            Layer::new(root, lowers, is_overlay, Bounds { copied: limits.layer_bytes, names: NAMES_BYTES, cancel: cancel.clone() });
+        let mut layer = Layer::new(root, lowers, is_overlay, bounds);
         while let Some(entry) = reader.next()? {
             layer.entry(&entry, &mut reader)?;
         }
@@ -94,7 +94,28 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
         let (has_whiteouts, needs_lowers) = (layer.has_whiteouts, layer.needs_lowers);
         let implicit = layer.implicit.into_iter().collect();
         Ok(Applied { diff_id, bytes, compression, implicit, has_whiteouts, needs_lowers })
+    };
+    thread::scope(|scope| {
+        stage(scope, "layer-decode", move || filler.fill(decoder))?;
+        let writes = stage(scope, "layer-write", write)?;
+        writes.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
+}
+
+/// A thread of this layer. This one's priority could not be raised again.
+fn stage<'s, T: Send + 's>(
+    scope: &'s thread::Scope<'s, '_>,
+    name: &str,
+    job: impl FnOnce() -> T + Send + 's,
+) -> Result<thread::ScopedJoinHandle<'s, T>> {
+    let begin = move || {
+        if let Err(error) = priority::lower() {
+            debug!(error:%; "a layer is applied at the priority of calls");
+        }
+        job()
+    };
+    let thread = thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+    thread.spawn_scoped(scope, begin).file("start a thread for", b"")
 }
 
 /// Two layers at once would make one tree of both.
@@ -280,5 +301,5 @@ const NAME_BYTES: usize = 255;
 const NAMES_BYTES: usize = 512 << 20;
 /// Of each, beside its bytes.
 const NAME_COSTS: usize = 128;
-/// Of the thread that decompresses.
+/// Of a thread that decompresses or writes.
 const STACK_BYTES: usize = 256 << 10;

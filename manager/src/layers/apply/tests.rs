@@ -660,6 +660,39 @@ fn names_of_folders_that_a_layer_has_kept_in_memory_are_bounded() {
     }
 }
 
+/// Bytes whose reader's priority is looked at.
+struct Looked<'b>(&'b [u8], std::sync::mpsc::Sender<Option<i32>>);
+
+impl std::io::Read for Looked<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let stat = fs::read_to_string("/proc/thread-self/stat")?;
+        // behind the name, which may have spaces
+        let nice = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(16)).and_then(|nice| nice.parse().ok());
+        let _ = self.1.send(nice);
+        let count = self.0.len().min(buffer.len()).min(100);
+        buffer[..count].copy_from_slice(&self.0[..count]);
+        self.0 = &self.0[count..];
+        Ok(count)
+    }
+}
+
+#[test]
+fn a_layer_is_applied_at_a_lower_priority_than_the_thread_that_asks_for_it() {
+    let folder = scratch::Folder::new("priority");
+    let upper = new(&folder, "upper");
+    let layer = Archive::default().file("a", "x".repeat(1000)).end();
+    let nice = || -> i32 {
+        let stat = fs::read_to_string("/proc/thread-self/stat").expect("a thread");
+        stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(16)).and_then(|nice| nice.parse().ok()).expect("a number")
+    };
+    let own = nice();
+    let (looked, seen) = std::sync::mpsc::channel();
+    apply(Looked(&layer, looked), Target::Merged(&upper), LayerLimits::default(), &Cancel::default()).expect("applied");
+    let last = seen.iter().last().flatten().expect("it was read");
+    assert!(last >= own.max(10), "{last}");
+    assert_eq!(nice(), own, "this thread is as before");
+}
+
 /// The same bytes for ever.
 struct Endless {
     bytes: Vec<u8>,
