@@ -93,15 +93,24 @@ fn read(source: &mut Source, parts: &mpsc::Sender<Part>) -> Result<()> {
                 if parts.blocking_send(Part::File { path: path.clone(), size }).is_err() {
                     return Ok(());
                 }
-                let mut passed = 0;
+                let (mut passed, mut chunk) = (0, Vec::new());
                 while let Some((offset, data)) = reader.data().map_err(wrong)? {
                     if offset != passed {
                         return Err(holes());
                     }
                     passed += data.len() as u64;
-                    if parts.blocking_send(Part::Bytes(Bytes::copy_from_slice(data))).is_err() {
+                    // clients send small pieces, and each chunk goes through several threads
+                    if !chunk.is_empty() && chunk.len() + data.len() > CHUNK_BYTES && !send(parts, &mut chunk) {
                         return Ok(());
                     }
+                    if chunk.capacity() == 0 {
+                        let left = usize::try_from(size.saturating_sub(passed)).unwrap_or(usize::MAX).saturating_add(data.len());
+                        chunk.reserve_exact(left.min(CHUNK_BYTES).max(data.len()));
+                    }
+                    chunk.extend_from_slice(data);
+                }
+                if !chunk.is_empty() && !send(parts, &mut chunk) {
+                    return Ok(());
                 }
                 if passed != size {
                     return Err(holes());
@@ -123,6 +132,11 @@ fn read(source: &mut Source, parts: &mpsc::Sender<Part>) -> Result<()> {
         }
     }
     reader.drain().map_err(wrong).map(drop)
+}
+
+/// Passes a chunk on. False if its receiver has ended.
+fn send(parts: &mpsc::Sender<Part>, chunk: &mut Vec<u8>) -> bool {
+    parts.blocking_send(Part::Bytes(std::mem::take(chunk).into())).is_ok()
 }
 
 fn outside(path: &str, target: &[u8]) -> Error {

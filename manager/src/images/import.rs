@@ -12,8 +12,10 @@ use containerd_client::events::ContentCreate;
 use hyper::body::Bytes;
 use log::debug;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 
+use super::ahead::Connection;
 use super::archive::{self, Incoming, Part, Parts};
 use super::document::{
     Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, MOST_CHILDREN, OCI_INDEX, RawDescriptor,
@@ -94,7 +96,10 @@ impl Transfers {
         let namespace = &place.namespace;
         progress.say("Importing".to_owned());
         let parts = Parts::read(self.archives.clone(), bytes);
-        let contents = self.take(namespace, lease.id(), parts, &progress).await?;
+        // until the import ends
+        let (_goes_on, connection) = watch::channel(());
+        let early = self.begins_early(namespace, lease.id(), &wanted, connection);
+        let contents = self.take(namespace, lease.id(), parts, early.as_ref(), &progress).await?;
         let index = self.index(namespace, lease.id(), &contents, compresses).await?;
         drop(contents);
         // what an archive does not have of all platforms was not saved
@@ -112,6 +117,9 @@ impl Transfers {
             return Err(Error::Invalid(format!("the archive has nothing for {}", selection.platforms)));
         }
         let plans = self.plan(namespace, &tree, &wanted).await?;
+        if early.is_some() {
+            self.finish_early(namespace, lease.id(), &plans, &progress).await;
+        }
         self.unpack(namespace, lease.id(), plans, false, &progress).await?;
         let mut images = wanted.whole(&index);
         images.extend(present.iter().flat_map(|entry| wanted.imported(entry)));
@@ -136,7 +144,14 @@ impl Transfers {
     }
 
     /// Makes content of an archive's files as they come.
-    async fn take(self: &Arc<Self>, namespace: &Namespace, lease: &str, mut parts: Parts, progress: &Progress) -> Result<Contents> {
+    async fn take(
+        self: &Arc<Self>,
+        namespace: &Namespace,
+        lease: &str,
+        mut parts: Parts,
+        early: Option<&Connection>,
+        progress: &Progress,
+    ) -> Result<Contents> {
         let mut contents = Contents::default();
         let mut commits: JoinSet<Result<(String, File)>> = JoinSet::new();
         while let Some(part) = parts.next().await? {
@@ -173,7 +188,7 @@ impl Transfers {
                         lease: Some(lease.to_owned()),
                     };
                     let (writer, magic) = self.write(&opening, &mut parts, &path, progress).await?;
-                    commits.spawn(Arc::clone(self).commit(opening, path, writer, magic));
+                    commits.spawn(Arc::clone(self).commit(opening, path, writer, magic, early.cloned()));
                     if commits.len() > COMMITS {
                         contents.add(commits.join_next().await)?;
                     }
@@ -226,10 +241,23 @@ impl Transfers {
     }
 
     /// Makes content of a file that has come; its disk is waited for while the next one comes.
-    async fn commit(self: Arc<Self>, opening: Opening, path: String, writer: Option<Writer>, magic: Vec<u8>) -> Result<(String, File)> {
-        let Opening { namespace, total: size, expected, .. } = opening;
+    async fn commit(
+        self: Arc<Self>,
+        opening: Opening,
+        path: String,
+        writer: Option<Writer>,
+        magic: Vec<u8>,
+        early: Option<Connection>,
+    ) -> Result<(String, File)> {
+        let Opening { namespace, total: size, expected, lease, .. } = opening;
+        let seen = |digest: &Digest| {
+            if early.is_some() {
+                self.ahead.seen(&namespace, lease.as_deref(), early.as_ref(), digest);
+            }
+        };
         let Some(mut writer) = writer else {
             let digest = expected.ok_or_else(|| Error::Invalid(format!("{path} of the archive has no digest")))?;
+            seen(&digest);
             return Ok((path, File { digest, size, magic }));
         };
         let found = writer.progress()?.digest;
@@ -243,6 +271,7 @@ impl Transfers {
             Err(Error::Precondition(why)) => return Err(Error::Invalid(format!("{path} of the archive: {why}"))),
             Err(error) => return Err(error),
         }
+        seen(&digest);
         Ok((path, File { digest, size, magic }))
     }
 

@@ -54,6 +54,7 @@ use crate::gc::Collector;
 use crate::pools::Pool;
 use crate::settings::TransferSettings;
 use crate::store::Store;
+use ahead::Ahead;
 use fetch::Flights;
 use unpack::Unpacker;
 
@@ -66,6 +67,8 @@ pub(crate) struct Transfers {
     gate: Gate,
     collector: Arc<Collector>,
     unpacker: Unpacker,
+    /// Unpacks images of archives while they come.
+    ahead: Ahead,
     /// Reads blobs.
     pool: Pool,
     /// Reads and writes archives.
@@ -86,6 +89,7 @@ pub(crate) struct Parts {
     pub(crate) gate: Gate,
     pub(crate) collector: Arc<Collector>,
     pub(crate) unpacker: Unpacker,
+    pub(crate) ahead: Ahead,
     pub(crate) pool: Pool,
     pub(crate) archives: Pool,
     pub(crate) settings: TransferSettings,
@@ -94,7 +98,7 @@ pub(crate) struct Parts {
 impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { content, store, events, gate, collector, unpacker, pool, archives, settings } = parts;
+        let Parts { content, store, events, gate, collector, unpacker, ahead, pool, archives, settings } = parts;
         Self {
             content,
             store,
@@ -102,6 +106,7 @@ impl Transfers {
             gate,
             collector,
             unpacker,
+            ahead,
             pool,
             archives,
             downloads: Semaphore::new(settings.max_concurrent_downloads),

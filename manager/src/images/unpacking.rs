@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Transfers;
+use super::ahead::Connection;
 use super::document::Descriptor;
-use super::names::Wanted;
+use super::names::{UnpackFor, Wanted};
 use super::platform::{Platform, Platforms};
 use super::progress::{Progress, word};
 use super::tree::{Manifest, Tree};
@@ -14,6 +15,7 @@ use crate::content::Digest;
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 use crate::snapshots::Snapshotter;
+use crate::store::snapshots::Place;
 
 /// A manifest that is to be unpacked.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +57,32 @@ impl Transfers {
             }
         }
         Error::Invalid(format!("the image has nothing for {platform} that could be unpacked; it is for {}", offered.join(", ")))
+    }
+
+    /// Has layers of an archive's images unpacked while it comes, if that is what will be asked for. It ends with the connection.
+    pub(super) fn begins_early(&self, namespace: &Namespace, lease: &str, wanted: &Wanted, connection: Connection) -> Option<Connection> {
+        let is_it = |unpack: &UnpackFor| unpack.snapshotter == Snapshotter::Overlayfs && unpack.platform == Platform::host();
+        if !wanted.unpacks.iter().any(is_it) {
+            return None;
+        }
+        self.ahead.imports(namespace, Some(lease), Some(&connection));
+        Some(connection)
+    }
+
+    /// Records the layers that were unpacked so. Whatever fails, the unpack that follows does it, and reports why.
+    pub(super) async fn finish_early(&self, namespace: &Namespace, lease: &str, plans: &[Plan], progress: &Progress) {
+        for plan in plans.iter().filter(|plan| plan.snapshotter == Snapshotter::Overlayfs) {
+            let Ok(image) = super::plan::Plan::read(&self.content, namespace, &plan.manifest.descriptor.digest).await else { continue };
+            let Some(top) = image.layers.last() else { continue };
+            let place = Place { namespace: namespace.to_string(), snapshotter: plan.snapshotter.name().to_owned() };
+            if !self.ahead.finish(&place, &top.chain, Some(lease)).await {
+                continue;
+            }
+            let found = self.unpacker.snapshots.committed(&place, vec![top.chain.to_string()], None).await;
+            if found.is_ok_and(|found| found == [true]) {
+                plan.manifest.layers.iter().for_each(|layer| progress.part(word::EXTRACTED, layer, layer.size));
+            }
+        }
     }
 
     /// Unpacks what is planned, layers in parallel, also while they arrive.

@@ -10,7 +10,7 @@
 //!                                          lease or connection ends: dropped
 //! ```
 //! An unpack is meant when a client lists, under a lease, what is being written (a pull shows its progress so, under the lease of all its steps; a
-//! fetch alone has none there), or asks under a lease for the snapshot of a chain.
+//! fetch alone has none there), writes the files of an archive (by what it calls them), or asks under a lease for the snapshot of a chain.
 //!
 //! **Invariants:** nothing is recorded that no client asked for, nor before the layer's own blob is in the client's namespace and its diffID was
 //! checked. No call waits for bytes that are not on their way. Whatever fails here, the client finds what it would find without this.
@@ -27,7 +27,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{debug, info};
 use tokio::sync::watch;
 
+use super::document::Configuration;
 use super::plan::{self, Plan};
+use super::platform::Platform;
 use super::unpack::Unpacker;
 use crate::content::Digest;
 use crate::error::Result;
@@ -81,6 +83,18 @@ impl Ahead {
         }
     }
 
+    /// A client that has a lease writes the files of an archive: it unpacks what is for this machine, once all is there.
+    pub(crate) fn imports(&self, namespace: &Namespace, lease: Option<&str>, connection: Option<&Connection>) {
+        if let Some(key) = self.session(namespace, lease, connection)
+            && lock(&self.0.sessions).get_mut(&key).is_some_and(|session| {
+                session.is_import = true;
+                session.mean()
+            })
+        {
+            self.look_later(key);
+        }
+    }
+
     /// A client asks for the snapshot of a chain, which is not there. Returns when it is, or when there is nothing to wait for.
     pub(crate) async fn settle(&self, place: &Place, key: &str, lease: Option<&str>, connection: Option<&Connection>) {
         let (Some(chain), Ok(namespace)) = (Digest::of(key), Namespace::parse(&place.namespace)) else { return };
@@ -95,15 +109,21 @@ impl Ahead {
             }
             self.look(&key).await;
         }
-        let Some(job) = self.job(|job| job.place == *place && job.number_of(&chain).is_some()) else { return };
+        self.finish(place, &chain, lease).await;
+    }
+
+    /// Records what is being unpacked of a chain, once that is done. False if nothing is.
+    pub(in crate::images) async fn finish(&self, place: &Place, chain: &Digest, lease: Option<&str>) -> bool {
+        let Some(job) = self.job(|job| job.place == *place && job.number_of(chain).is_some()) else { return false };
         let settled = tokio::select! {
-            settled = job.settle(&self.0.unpacker, &chain, lease.map(ToOwned::to_owned)) => settled,
+            settled = job.settle(&self.0.unpacker, chain, lease.map(ToOwned::to_owned)) => settled,
             // another process has taken over, and the client goes on there
-            () = self.0.unpacker.gate.retired() => return,
+            () = self.0.unpacker.gate.retired() => return false,
         };
         if let Err(error) = settled {
             info!(chain:%, error = error.chain(); "cannot record layers that were unpacked ahead; the client unpacks them");
         }
+        true
     }
 
     /// Drops what belonged to leases that are gone, whenever something was removed, and all when another process takes over.
@@ -216,6 +236,10 @@ impl Ahead {
         if !self.is_default(namespace).await? || plan.layers.is_empty() {
             return Ok(Document::Other);
         }
+        let is_import = lock(&self.0.sessions).get(key).is_some_and(|session| session.is_import);
+        if is_import && !self.is_for_host(namespace, &plan.config).await? {
+            return Ok(Document::Other);
+        }
         let place = Place { namespace: namespace.to_string(), snapshotter: Snapshotter::Overlayfs.name().to_owned() };
         // another client pulls the same image: its layers are unpacked once
         let is_under_way = self.job(|job| job.place == place && *job.plan() == plan).is_some();
@@ -231,6 +255,12 @@ impl Ahead {
             session.jobs.push(Arc::new(job));
         }
         Ok(Document::Other)
+    }
+
+    /// Whether an image is for this machine, as far as its config says.
+    async fn is_for_host(&self, namespace: &Namespace, config: &Digest) -> Result<bool> {
+        let bytes = plan::document(&self.0.unpacker.content, namespace, config, "config").await?;
+        Ok(Configuration::parse(&bytes)?.platform.is_none_or(|platform| platform == Platform::host()))
     }
 
     /// Whether clients that name no snapshotter in a namespace get the one that this works for.

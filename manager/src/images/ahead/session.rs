@@ -25,6 +25,8 @@ pub(super) struct Session {
     documents: Vec<(Digest, Document)>,
     /// Whether the client unpacks.
     is_meant: bool,
+    /// Whether it writes the files of an archive, which may be for other machines too.
+    pub(super) is_import: bool,
     pub(super) jobs: Vec<Arc<Job>>,
     /// Waits for the end of the client's connection.
     until: AbortHandle,
@@ -38,7 +40,7 @@ impl Drop for Session {
 
 impl Session {
     pub(super) fn new(until: AbortHandle) -> Self {
-        Self { documents: Vec::new(), is_meant: false, jobs: Vec::new(), until }
+        Self { documents: Vec::new(), is_meant: false, is_import: false, jobs: Vec::new(), until }
     }
 
     /// Adds a blob. Whether there is something to look at then.

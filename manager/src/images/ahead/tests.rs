@@ -117,6 +117,25 @@ async fn nothing_is_unpacked_before_a_client_shows_that_it_unpacks_and_nothing_r
 }
 
 #[tokio::test]
+async fn an_import_is_unpacked_while_it_goes_on_and_images_for_other_machines_are_not() {
+    let Some(client) = Client::new("ahead-imports").await else { return };
+    client.ahead.imports(&namespace(), Some(LEASE), Some(&client.connection));
+    let (tars, blobs) = (layers(), zipped_all(&layers()));
+    let plan = client.image(&tars, &blobs).await;
+    for blob in &blobs {
+        client.seen(&client.f.blob(blob).await);
+    }
+    client.until("drafts", |client| client.f.folders().len() >= 4).await;
+    assert!(!client.is_there(&plan.layers[0].chain).await, "not asked for");
+    assert!(client.settle(&plan.layers[0].chain).await);
+    for (platform, is_for_host) in [(("linux", std::env::consts::ARCH), true), (("linux", "pdp11"), false), (("windows", "amd64"), false)] {
+        let config = format!(r#"{{"os":{:?},"architecture":{:?}}}"#, platform.0, platform.1);
+        let config = client.f.blob(config.as_bytes()).await;
+        assert_eq!(client.ahead.is_for_host(&namespace(), &config).await.expect("read"), is_for_host, "{platform:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_asks_first_and_has_everything_gets_it_unpacked_at_once() {
     let Some(client) = Client::new("ahead-asks").await else { return };
     let (tars, blobs) = (layers(), zipped_all(&layers()));
