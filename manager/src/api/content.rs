@@ -8,7 +8,7 @@ use containerd_client::events::{ContentCreate, ContentDelete};
 use containerd_client::services::v1::{
     AbortRequest, DeleteContentRequest, Info, InfoRequest, InfoResponse, ListContentRequest, ListContentResponse, ListStatusesRequest,
     ListStatusesResponse, ReadContentRequest, ReadContentResponse, Status as Ingest, StatusRequest, StatusResponse, UpdateRequest,
-    UpdateResponse, WriteAction, WriteContentRequest, WriteContentResponse,
+    UpdateResponse, WriteAction, WriteContentResponse,
 };
 use hyper::body::Bytes;
 use log::debug;
@@ -21,6 +21,7 @@ use super::call::Call;
 use super::mask;
 use super::relay::Relay;
 use super::search::{Filters, Search};
+use super::uncopied::WriteRequest;
 use crate::content::{self, Content, Digest, Opening, Writer};
 use crate::error::{Error, Result};
 use crate::events::Exchange;
@@ -164,7 +165,7 @@ impl ContentService {
     pub(super) async fn write(
         self: Arc<Self>,
         call: Call,
-        requests: Streaming<WriteContentRequest>,
+        requests: Requests,
     ) -> Result<impl Stream<Item = Result<WriteContentResponse, Status>>> {
         let (namespace, lease) = (call.namespace()?, call.lease());
         let (send, answers) = mpsc::channel(1);
@@ -190,7 +191,7 @@ struct Session {
     expected: Option<Digest>,
 }
 
-type Requests = Streaming<WriteContentRequest>;
+type Requests = Streaming<WriteRequest>;
 type Answers = mpsc::Sender<Result<WriteContentResponse, Status>>;
 
 impl Session {
@@ -200,13 +201,13 @@ impl Session {
         while let Some(Ok(mut request)) = requests.next().await {
             let _open = open.get_or_insert_with(|| self.service.gate.stream());
             let is_commit = request.action == WriteAction::Commit as i32;
-            let data = Bytes::from(std::mem::take(&mut request.data));
+            let data = std::mem::take(&mut request.data);
             let carried = self.service.gate.carry();
             let answer = self.answer(request.clone(), data.clone()).await;
             drop(carried);
             if matches!(answer, Err(Error::Retired)) {
                 self.writer = None;
-                request.data = data.into();
+                request.data = data;
                 return self.relay(request, requests, answers).await;
             }
             let is_last = is_commit || answer.is_err();
@@ -225,7 +226,7 @@ impl Session {
     }
 
     /// Goes on through the process that has taken over, from a message on that was not acted on.
-    async fn relay(&self, mut request: WriteContentRequest, mut requests: Requests, answers: Answers) {
+    async fn relay(&self, mut request: WriteRequest, mut requests: Requests, answers: Answers) {
         let mut relay: Option<Relay> = None;
         loop {
             let is_last = request.action == WriteAction::Commit as i32;
@@ -242,7 +243,7 @@ impl Session {
         }
     }
 
-    async fn relayed(&self, relay: &mut Option<Relay>, mut request: WriteContentRequest) -> Result<WriteContentResponse, Status> {
+    async fn relayed(&self, relay: &mut Option<Relay>, mut request: WriteRequest) -> Result<WriteContentResponse, Status> {
         let address = &self.service.address;
         if let Some(relay) = relay {
             return relay.pass(request).await;
@@ -252,11 +253,11 @@ impl Session {
             *relay = Some(begun);
             return Ok(answer);
         }
-        let first = WriteContentRequest {
+        let first = WriteRequest {
             r#ref: self.reference.clone(),
             total: signed(self.total),
             expected: self.expected.as_ref().map(Digest::to_string).unwrap_or_default(),
-            ..WriteContentRequest::default()
+            ..WriteRequest::default()
         };
         let begin = async |first| Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await;
         let (mut begun, mut found) = begin(first.clone()).await?;
@@ -264,7 +265,7 @@ impl Session {
             // another client has stored the same content meanwhile, and nothing more is asked for: this one goes on with what it has written
             drop(begun);
             request.expected.clone_from(&first.expected);
-            (begun, found) = begin(WriteContentRequest { expected: String::new(), ..first }).await?;
+            (begun, found) = begin(WriteRequest { expected: String::new(), ..first }).await?;
         }
         // of a commit that another process was taking over from, the bytes may have been written
         if request.offset > 0
@@ -288,7 +289,7 @@ impl Session {
         }
     }
 
-    async fn answer(&mut self, request: WriteContentRequest, data: Bytes) -> Result<WriteContentResponse> {
+    async fn answer(&mut self, request: WriteRequest, data: Bytes) -> Result<WriteContentResponse> {
         let total = u64::try_from(request.total).map_err(|_| Error::Invalid(format!("a total of {} bytes", request.total)))?;
         let offset = u64::try_from(request.offset).map_err(|_| Error::Invalid(format!("an offset of {} bytes", request.offset)))?;
         let action = WriteAction::try_from(request.action).map_err(|_| Error::Invalid(format!("write action {}", request.action)))?;
@@ -306,6 +307,9 @@ impl Session {
             }
             None if request.r#ref.is_empty() => return Err(Error::Invalid("first message must have a reference".to_owned())),
             None => {
+                if request.r#ref.starts_with(IMPORT) {
+                    self.service.ahead.imports(&self.namespace, self.lease.as_deref(), self.call.connection());
+                }
                 let (namespace, reference, lease) = (self.namespace.clone(), request.r#ref, self.lease.clone());
                 let opening = Opening { namespace, reference: reference.clone(), total, expected: expected.clone(), lease };
                 let writer = match content.write(opening).await {
@@ -388,5 +392,7 @@ fn apply(info: &mut Info, new: &Info, paths: Option<&[String]>) -> Result<()> {
     name::labels(&info.labels)
 }
 
+/// What containerd's clients call files of an archive that they import begins so.
+const IMPORT: &str = "tar-";
 /// What is read at once.
 const READ_BYTES: usize = 256 << 10;

@@ -30,6 +30,7 @@ mod snapshots;
 mod streaming;
 mod tasks;
 mod transfer;
+mod uncopied;
 mod version;
 
 pub(crate) use calls::{BOUNDS, Calls, Cost};

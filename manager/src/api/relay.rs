@@ -9,7 +9,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use containerd_client::services::v1::{WriteContentRequest, WriteContentResponse};
+use containerd_client::services::v1::WriteContentResponse;
 use http::uri::PathAndQuery;
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
@@ -25,11 +25,12 @@ use tonic_prost::ProstCodec;
 use tower_service::Service;
 
 use super::body::MESSAGE_BYTES;
+use super::uncopied::WriteRequest;
 
 /// A stream of writes at the next process.
 #[derive(Debug)]
 pub(super) struct Relay {
-    requests: mpsc::Sender<WriteContentRequest>,
+    requests: mpsc::Sender<WriteRequest>,
     answers: Streaming<WriteContentResponse>,
 }
 
@@ -39,7 +40,7 @@ impl Relay {
         address: &Path,
         namespace: &str,
         lease: Option<&str>,
-        first: WriteContentRequest,
+        first: WriteRequest,
     ) -> Result<(Self, WriteContentResponse), Status> {
         let unreachable = |error: &dyn std::error::Error| {
             Status::unavailable(format!(
@@ -67,7 +68,7 @@ impl Relay {
         let origin = http::Uri::from_static("http://localhost");
         let mut grpc = Grpc::with_origin(Connection(send), origin).max_decoding_message_size(MESSAGE_BYTES);
         grpc.ready().await.map_err(|error| unreachable(&error))?;
-        let codec = ProstCodec::<WriteContentRequest, WriteContentResponse>::default();
+        let codec = ProstCodec::<WriteRequest, WriteContentResponse>::default();
         let answers = grpc.streaming(request, PathAndQuery::from_static(WRITE), codec).await?.into_inner();
         let mut relay = Self { requests, answers };
         let answer = relay.answer().await?;
@@ -75,7 +76,7 @@ impl Relay {
     }
 
     /// Passes a message on, and returns its answer.
-    pub(super) async fn pass(&mut self, request: WriteContentRequest) -> Result<WriteContentResponse, Status> {
+    pub(super) async fn pass(&mut self, request: WriteRequest) -> Result<WriteContentResponse, Status> {
         // if the stream has ended, its answer says why
         let _ = self.requests.send(request).await;
         self.answer().await

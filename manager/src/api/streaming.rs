@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use containerd_client::services::v1::StreamInit;
 use containerd_client::to_any;
-use containerd_client::types::transfer::{Data, WindowUpdate};
+use containerd_client::types::transfer::{self, WindowUpdate};
 use hyper::body::Bytes;
 use prost_types::Any;
 use tokio::sync::{mpsc, oneshot};
@@ -23,6 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::call::Call;
+use super::uncopied::{Data, Received};
 use crate::error::{Error, Object, Result};
 use crate::name::Namespace;
 
@@ -44,7 +45,7 @@ struct Open {
 /// This end of a stream.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    incoming: mpsc::Receiver<Result<Any>>,
+    incoming: mpsc::Receiver<Result<Received>>,
     outgoing: mpsc::Sender<Result<Any, Status>>,
 }
 
@@ -52,13 +53,13 @@ impl Streams {
     pub(super) async fn stream(
         self: Arc<Self>,
         call: Call,
-        mut requests: Streaming<Any>,
+        mut requests: Streaming<Received>,
     ) -> Result<impl tokio_stream::Stream<Item = Result<Any, Status>>> {
         let namespace = call.namespace()?;
         let first = tokio::time::timeout(OPENED, requests.message()).await;
         let first = first.map_err(|_elapsed| Error::Invalid(format!("no message came within {OPENED:?}")))?;
         let first = first.map_err(gone)?.ok_or_else(|| Error::Invalid("a stream begins with its id".to_owned()))?;
-        let init: StreamInit = decode(&first).ok_or_else(|| Error::Invalid("a stream begins with StreamInit".to_owned()))?;
+        let init: StreamInit = first.message().ok_or_else(|| Error::Invalid("a stream begins with StreamInit".to_owned()))?;
         call.answered();
         let (received, incoming) = mpsc::channel(MESSAGES);
         let (outgoing, answers) = mpsc::channel(MESSAGES);
@@ -147,7 +148,7 @@ impl tokio_stream::Stream for Answers {
 }
 
 /// Passes on what comes, until the client has sent everything, or is gone.
-async fn forward(call: &Call, mut requests: Streaming<Any>, received: mpsc::Sender<Result<Any>>) {
+async fn forward(call: &Call, mut requests: Streaming<Received>, received: mpsc::Sender<Result<Received>>) {
     loop {
         let message = match requests.message().await {
             Ok(None) => return,
@@ -178,7 +179,7 @@ pub(super) fn decode<M: prost::Message + prost::Name + Default>(any: &Any) -> Op
 
 impl Stream {
     /// The next message; none when the client has sent everything.
-    pub(super) async fn receive(&mut self) -> Result<Option<Any>> {
+    pub(super) async fn receive(&mut self) -> Result<Option<Received>> {
         let next = tokio::time::timeout(IDLE, self.incoming.recv()).await;
         let next = next.map_err(|_elapsed| Error::Exhausted(format!("nothing came in the client's stream for {IDLE:?}")))?;
         next.transpose()
@@ -219,13 +220,13 @@ impl Stream {
                 *granted += i64::from(WINDOW_BYTES);
             }
             let Some(message) = self.receive().await? else { return Ok(None) };
-            let Some(Data { data }) = decode(&message) else {
+            let Some(Data { data }) = message.message() else {
                 let kind: String = message.type_url.chars().take(100).collect();
                 return Err(Error::Invalid(format!("{kind:?} in a stream of data")));
             };
             *granted -= i64::try_from(data.len()).unwrap_or(i64::MAX);
             if !data.is_empty() {
-                return Ok(Some(data.into()));
+                return Ok(Some(data));
             }
         }
     }
@@ -239,7 +240,7 @@ impl Stream {
                     let Some(message) = self.receive().await? else {
                         return Err(Error::Invalid("the client has closed its stream before everything was sent".to_owned()));
                     };
-                    let Some(WindowUpdate { update }) = decode(&message) else {
+                    let Some(WindowUpdate { update }) = message.message() else {
                         return Err(Error::Invalid("a stream that receives data sends updates of its window only".to_owned()));
                     };
                     granted = granted.saturating_add(i64::from(update.max(0)));
@@ -247,7 +248,7 @@ impl Stream {
                 let most = usize::try_from(granted).unwrap_or(usize::MAX).min(DATA_BYTES);
                 let part = bytes.split_to(most.min(bytes.len()));
                 granted -= i64::try_from(part.len()).unwrap_or(i64::MAX);
-                self.send(to_any(&Data { data: part.to_vec() })).await?;
+                self.send(to_any(&transfer::Data { data: part.to_vec() })).await?;
             }
         }
         Ok(())
@@ -274,7 +275,7 @@ const MAX_ID_BYTES: usize = 256;
 
 /// A stream, and its client's ends.
 #[cfg(test)]
-pub(super) type Ends = (Stream, mpsc::Sender<Result<Any>>, mpsc::Receiver<Result<Any, Status>>);
+pub(super) type Ends = (Stream, mpsc::Sender<Result<Received>>, mpsc::Receiver<Result<Any, Status>>);
 
 /// Makes one.
 #[cfg(test)]
@@ -328,7 +329,7 @@ mod tests {
                 assert!(granted < i64::from(i32::MAX));
             }
             if granted > 0 {
-                client.send(Ok(to_any(&Data { data: data.to_vec() }))).await.expect("it receives");
+                client.send(Ok(to_any(&transfer::Data { data: data.to_vec() }).into())).await.expect("it receives");
                 granted -= DATA_BYTES as i64;
                 sent += DATA_BYTES as i64;
                 assert_eq!(bytes.recv().await.expect("bytes").expect("no error").len(), DATA_BYTES);
@@ -336,7 +337,7 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         }
-        client.send(Ok(to_any(&WindowUpdate { update: 1 }))).await.expect("it receives");
+        client.send(Ok(to_any(&WindowUpdate { update: 1 }).into())).await.expect("it receives");
         assert!(bytes.recv().await.expect("an error").is_err(), "no data");
         receiving.await.expect("no panic");
     }
@@ -349,10 +350,10 @@ mod tests {
         from.send(Bytes::from(vec![7; 100_000])).await.expect("it takes them");
         let (mut got, mut granted) = (0, 0);
         while got < 100_000 {
-            client.send(Ok(to_any(&WindowUpdate { update: 30_000 }))).await.expect("it receives");
+            client.send(Ok(to_any(&WindowUpdate { update: 30_000 }).into())).await.expect("it receives");
             granted += 30_000;
             while got < granted.min(100_000) {
-                let data: Data = decode(&answers.recv().await.expect("data").expect("no error")).expect("data");
+                let data: transfer::Data = decode(&answers.recv().await.expect("data").expect("no error")).expect("data");
                 got += data.data.len();
                 assert!(got <= granted && data.data.len() <= DATA_BYTES);
             }

@@ -221,7 +221,7 @@ impl Credentials for Asking {
         let answer = answer.map_err(|_elapsed| Error::Precondition(format!("no credentials came within {ANSWERED:?}")))??;
         let gone = || Error::Precondition("the client has closed the stream of its credentials".to_owned());
         let answer: AuthResponse =
-            decode(&answer.ok_or_else(gone)?).ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
+            answer.ok_or_else(gone)?.message().ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
         Ok(match answer.auth_type() {
             AuthType::None => None,
             _ if answer.secret.is_empty() => None,
@@ -344,13 +344,13 @@ mod tests {
         let (in_time, client, _questions) = stream();
         let asking = Asking(Mutex::new(Some(in_time)));
         for host in ["one", "two"] {
-            client.send(Ok(to_any(&answer))).await.expect("it receives");
+            client.send(Ok(to_any(&answer).into())).await.expect("it receives");
             assert!(asking.of(&of(host)).await.expect("an answer").is_some());
         }
         let given_up = tokio::time::timeout(Duration::from_millis(20), asking.of(&of("one"))).await;
         assert!(given_up.is_err(), "there is no answer yet");
         // its end of the stream may be gone
-        let _ = client.send(Ok(to_any(&answer))).await;
+        let _ = client.send(Ok(to_any(&answer).into())).await;
         assert_eq!(asking.of(&of("two")).await.expect_err("it was one's").code(), tonic::Code::FailedPrecondition);
     }
 }
