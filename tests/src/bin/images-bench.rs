@@ -1,16 +1,19 @@
 //! Measures how x-manager and containerd 2.1 store and unpack images for containerd's own clients, in turns in one run. Needs root.
 //!
 //! ```text
-//! X_SHIM=… X_DAEMON=… images-bench [--mib 1024] [--layers 20] [--rounds 3] [--blobs 10000] [--folder /var/tmp]
+//! X_SHIM=… X_DAEMON=… images-bench [--mib 1024] [--layers 20] [--rounds 3] [--blobs 10000] [--folder /var/tmp] [--only TEXT]
 //! ```
-//! It starts itself once for each daemon and round, with namespaces of its own; the daemons' files are in the folder, on a disk.
+//! It starts itself once for each daemon and round, with namespaces of its own; the daemons' files are in the folder, on a disk. containerd is
+//! measured as it comes, and with the program igzip, if that is in the cache of the suites. `--only` measures the cases with that text in their names.
 
 #[path = "images-bench/image.rs"]
 mod image;
 #[path = "images-bench/registry.rs"]
 mod registry;
+#[path = "images-bench/table.rs"]
+mod table;
 
-use std::collections::BTreeMap;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio as Io};
 use std::sync::Arc;
@@ -25,11 +28,12 @@ use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
 use shim_tests::runner::EXECUTOR;
 use shim_tests::suite::{self, Runtime, Shim, Suite};
-use shim_tests::{isolation, upload};
+use shim_tests::{image_tools, isolation, upload};
 use tokio::task::LocalSet;
 
 use image::{Codec, Image, Size};
 use registry::Registry;
+use table::Figures;
 
 /// What to measure.
 #[derive(Clone)]
@@ -39,7 +43,20 @@ struct Plan {
     rounds: usize,
     blobs: usize,
     folder: PathBuf,
+    /// In the names of cases.
+    only: String,
 }
+
+/// Who serves.
+#[derive(Clone, Copy, PartialEq)]
+enum Server {
+    Containerd,
+    /// containerd with a faster program for gzip in its PATH.
+    WithIgzip,
+    Manager,
+}
+
+const SERVERS: [Server; 3] = [Server::Containerd, Server::WithIgzip, Server::Manager];
 
 /// How a client gets an image to the daemon.
 #[derive(Clone, Copy, PartialEq)]
@@ -47,17 +64,39 @@ enum Way {
     Import,
     ImportLocal,
     Pull,
+    PullLocal,
 }
 
-const CASES: &[(&str, Suite, Way, Codec, Size)] = &[
-    ("import by Transfer, ctr 2.1, gzip", Suite::Forky, Way::Import, Codec::Gzip, Size::Large),
-    ("import by Transfer, ctr 2.1, zstd", Suite::Forky, Way::Import, Codec::Zstd, Size::Large),
-    ("import --local, ctr 2.1, gzip", Suite::Forky, Way::ImportLocal, Codec::Gzip, Size::Large),
-    ("import --local, ctr 2.1, zstd", Suite::Forky, Way::ImportLocal, Codec::Zstd, Size::Large),
-    ("import --local, ctr 2.1, gzip, small files", Suite::Forky, Way::ImportLocal, Codec::Gzip, Size::Small),
-    ("pull, ctr 1.6, gzip", Suite::Bookworm, Way::Pull, Codec::Gzip, Size::Large),
-    ("pull, ctr 1.6, zstd", Suite::Bookworm, Way::Pull, Codec::Zstd, Size::Large),
-    ("pull, ctr 1.6, gzip, small files", Suite::Bookworm, Way::Pull, Codec::Gzip, Size::Small),
+struct Case {
+    name: &'static str,
+    client: Suite,
+    way: Way,
+    codec: Codec,
+    size: Size,
+    /// How many times as fast as containerd it should be.
+    times_faster: Option<f64>,
+}
+
+const fn case(name: &'static str, client: Suite, way: Way, (codec, size): (Codec, Size), times_faster: Option<f64>) -> Case {
+    Case { name, client, way, codec, size, times_faster }
+}
+
+const GZIP: (Codec, Size) = (Codec::Gzip, Size::Large);
+const ZSTD: (Codec, Size) = (Codec::Zstd, Size::Large);
+const SMALL: (Codec, Size) = (Codec::Gzip, Size::Small);
+const CASES: &[Case] = &[
+    case("import by Transfer, ctr 2.1, gzip", Suite::Forky, Way::Import, GZIP, Some(4.0)),
+    case("import by Transfer, ctr 2.1, zstd", Suite::Forky, Way::Import, ZSTD, Some(2.5)),
+    case("import --local, ctr 2.1, gzip", Suite::Forky, Way::ImportLocal, GZIP, Some(3.0)),
+    case("import --local, ctr 2.1, zstd", Suite::Forky, Way::ImportLocal, ZSTD, Some(1.7)),
+    case("import --local, ctr 2.1, gzip, small files", Suite::Forky, Way::ImportLocal, SMALL, None),
+    case("pull by Transfer, ctr 2.1, gzip", Suite::Forky, Way::Pull, GZIP, Some(4.0)),
+    case("pull by Transfer, ctr 2.1, zstd", Suite::Forky, Way::Pull, ZSTD, Some(2.5)),
+    case("pull --local, ctr 2.1, gzip", Suite::Forky, Way::PullLocal, GZIP, Some(3.0)),
+    case("pull --local, ctr 2.1, zstd", Suite::Forky, Way::PullLocal, ZSTD, Some(1.7)),
+    case("pull, ctr 1.6, gzip", Suite::Bookworm, Way::Pull, GZIP, Some(1.5)),
+    case("pull, ctr 1.6, zstd", Suite::Bookworm, Way::Pull, ZSTD, Some(1.5)),
+    case("pull, ctr 1.6, gzip, small files", Suite::Bookworm, Way::Pull, SMALL, None),
 ];
 
 fn main() -> ExitCode {
@@ -71,8 +110,8 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<ExitCode> {
-    let mut plan = Plan { mib: 1024, layers: 20, rounds: 3, blobs: 10_000, folder: "/var/tmp".into() };
-    let mut one = None;
+    let mut plan = Plan { mib: 1024, layers: 20, rounds: 3, blobs: 10_000, folder: "/var/tmp".into(), only: String::new() };
+    let (mut one, mut with_igzip) = (None, false);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().with_context(|| format!("{word} needs a value"));
@@ -82,13 +121,16 @@ fn run() -> Result<ExitCode> {
             "--rounds" => plan.rounds = value()?.parse()?,
             "--blobs" => plan.blobs = value()?.parse()?,
             "--folder" => plan.folder = value()?.into(),
+            "--only" => plan.only = value()?,
             "--one" => one = Some(PathBuf::from(value()?)),
+            // in the run of one daemon
+            "--with-igzip" => with_igzip = true,
             _ => anyhow::bail!("unknown argument {word}"),
         }
     }
     if let Some(folder) = one {
         plan.folder = folder;
-        return isolation::run(|| match EXECUTOR.block_on(LocalSet::new().run_until(measure(&plan))) {
+        return isolation::run(|| match EXECUTOR.block_on(LocalSet::new().run_until(measure(&plan, with_igzip))) {
             Ok(figures) => {
                 println!("{figures}");
                 ExitCode::SUCCESS
@@ -105,27 +147,34 @@ fn run() -> Result<ExitCode> {
     std::fs::create_dir(&folder)?;
     let measured = rounds(&plan, &folder);
     std::fs::remove_dir_all(&folder)?;
-    table(&plan, &measured?);
+    table::print(&plan, &measured?);
     Ok(ExitCode::SUCCESS)
 }
 
-/// Figures by their name: of containerd and of x-manager, in each round.
-type Figures = BTreeMap<String, [Vec<f64>; 2]>;
-
 fn rounds(plan: &Plan, folder: &Path) -> Result<Figures> {
-    for codec in [Codec::Gzip, Codec::Zstd] {
-        for size in [Size::Large, Size::Small] {
-            if CASES.iter().any(|(.., of, files)| *of == codec && *files == size) {
-                eprintln!("an image of {} MiB, {}", plan.mib, image::name(codec, size));
-                Image::make(folder, codec, size, plan.mib, plan.layers)?;
-            }
+    for (codec, size) in [GZIP, ZSTD, SMALL] {
+        if plan.cases().any(|case| (case.codec, case.size) == (codec, size)) {
+            eprintln!("an image of {} MiB, {}", plan.mib, image::name(codec, size));
+            Image::make(folder, codec, size, plan.mib, plan.layers)?;
         }
+    }
+    let has_igzip = image_tools::program("igzip").is_file();
+    if !has_igzip {
+        eprintln!("there is no igzip in the cache of the suites (make suites): containerd is measured without it only");
     }
     let mut all = Figures::new();
     for round in 0..plan.rounds {
-        for (number, manager) in [None, suite::manager()].into_iter().enumerate() {
-            eprintln!("round {}, {}", round + 1, if manager.is_some() { "x-manager" } else { "containerd" });
-            let figures = one(plan, folder, manager)?;
+        for (number, server) in SERVERS.into_iter().enumerate() {
+            if server == Server::WithIgzip && !has_igzip {
+                continue;
+            }
+            let name = match server {
+                Server::Containerd => "containerd",
+                Server::WithIgzip => "containerd with igzip",
+                Server::Manager => "x-manager",
+            };
+            eprintln!("round {}, {name}", round + 1);
+            let figures = one(plan, folder, server)?;
             for (name, value) in figures.as_object().context("figures")? {
                 if let Some(value) = value.as_f64() {
                     all.entry(name.clone()).or_default()[number].push(value);
@@ -136,11 +185,22 @@ fn rounds(plan: &Plan, folder: &Path) -> Result<Figures> {
     Ok(all)
 }
 
-/// The figures of one daemon: containerd, or the x-manager at a path.
-fn one(plan: &Plan, folder: &Path, manager: Option<&Path>) -> Result<Value> {
+impl Plan {
+    fn cases(&self) -> impl Iterator<Item = &'static Case> {
+        CASES.iter().filter(|case| case.name.contains(&self.only))
+    }
+}
+
+/// The figures of one daemon.
+fn one(plan: &Plan, folder: &Path, server: Server) -> Result<Value> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--one").arg(folder).args(["--blobs", &plan.blobs.to_string()]);
-    match manager {
+    command.arg("--one").arg(folder).args(["--only", &plan.only]);
+    // what is no layer is the same with igzip
+    command.args(["--blobs", &if server == Server::WithIgzip { 0 } else { plan.blobs }.to_string()]);
+    if server == Server::WithIgzip {
+        command.arg("--with-igzip");
+    }
+    match suite::manager().filter(|_| server == Server::Manager) {
         Some(path) => command.env("X_DAEMON", path),
         None => command.env_remove("X_DAEMON"),
     };
@@ -150,32 +210,39 @@ fn one(plan: &Plan, folder: &Path, manager: Option<&Path>) -> Result<Value> {
     serde_json::from_str(text.lines().last().unwrap_or_default()).with_context(|| format!("figures: {text:?}"))
 }
 
-async fn measure(plan: &Plan) -> Result<Value> {
+async fn measure(plan: &Plan, with_igzip: bool) -> Result<Value> {
     let disk = plan.folder.join("daemon");
     std::fs::create_dir_all(&disk)?;
     // in this run's own mount namespace
     mount(Some(&disk), isolation::RUN, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("the folder of the daemon")?;
-    let measured = with_daemon(plan).await;
+    let measured = with_daemon(plan, with_igzip).await;
     // the daemon has ended; what cannot be removed goes with the whole folder
     let _ = std::fs::remove_dir_all(isolation::RUN);
     measured
 }
 
-async fn with_daemon(plan: &Plan) -> Result<Value> {
+async fn with_daemon(plan: &Plan, with_igzip: bool) -> Result<Value> {
     let shim = Shim::under_test()?;
-    let daemon = Arc::new(Daemon::start(Suite::Forky, &shim).await?);
+    // whatever this host has in /usr/bin
+    let plain = [("CONTAINERD_DISABLE_IGZIP", "1"), ("CONTAINERD_DISABLE_PIGZ", "1")];
+    let daemon = Arc::new(Daemon::start_with(Suite::Forky, &shim, if with_igzip { &[] } else { &plain }).await?);
+    if with_igzip {
+        // it looks for the program when it unpacks its first layer
+        symlink(image_tools::program("igzip"), daemon.bin().join("igzip"))?;
+    }
     let programs = std::env::current_exe()?.parent().context("a file is in a folder")?.to_owned();
     let cx = Context::new(Arc::clone(&daemon), Runtime::Crun, shim, &programs).await?;
     let registry = Registry::start(&plan.folder)?;
     let container = cx.container(&["sleep", "100000"]).start().await?;
     let mut figures = serde_json::Map::new();
-    for (name, client, way, codec, size) in CASES {
+    for case in plan.cases().filter(|case| !with_igzip || case.codec == Codec::Gzip) {
+        let name = case.name;
         eprintln!("{name}");
-        match case(&cx, plan, &registry, &container.id, (*client, *way, *codec, *size)).await {
+        match run_case(&cx, plan, &registry, &container.id, case).await {
             Ok(Measured { seconds, peak_mib, state_p99_ms }) => {
-                figures.insert(format!("{name}: s"), json!(seconds));
-                figures.insert(format!("{name}: peak of the daemon, MiB"), json!(peak_mib));
-                figures.insert(format!("{name}: State, 99 %, ms"), json!(state_p99_ms));
+                figures.insert(format!("{name}: {}", table::SECONDS), json!(seconds));
+                figures.insert(format!("{name}: {}", table::PEAK), json!(peak_mib));
+                figures.insert(format!("{name}: {}", table::STATE), json!(state_p99_ms));
             }
             Err(error) => eprintln!("{name}: {error:#}"),
         }
@@ -197,23 +264,18 @@ struct Measured {
     state_p99_ms: f64,
 }
 
-async fn case(
-    cx: &Context,
-    plan: &Plan,
-    registry: &Registry,
-    container: &str,
-    (client, way, codec, size): (Suite, Way, Codec, Size),
-) -> Result<Measured> {
-    let image = Image::at(&plan.folder, codec, size);
+async fn run_case(cx: &Context, plan: &Plan, registry: &Registry, container: &str, case: &Case) -> Result<Measured> {
+    let image = Image::at(&plan.folder, case.codec, case.size);
     let pid = cx.daemon().pid().context("a daemon")?;
     std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
-    let (name, archive) = (registry.image(codec, size), image.archive());
-    let mut command = Command::new(client.program("ctr"));
+    let (name, archive) = (registry.image(case.codec, case.size), image.archive());
+    let mut command = Command::new(case.client.program("ctr"));
     command.arg("--address").arg(cx.daemon().address()).args(["--namespace", "bench", "images"]);
-    match way {
+    match case.way {
         Way::Import => command.arg("import").arg(&archive),
         Way::ImportLocal => command.args(["import", "--local"]).arg(&archive),
         Way::Pull => command.args(["pull", "--plain-http", &name]),
+        Way::PullLocal => command.args(["pull", "--local", "--plain-http", &name]),
     };
     command.stdin(Io::null()).stdout(Io::null()).stderr(Io::piped());
     let is_done = Arc::new(AtomicBool::new(false));
@@ -282,24 +344,4 @@ async fn blobs(cx: &Context, count: usize) -> Result<(f64, f64)> {
     let begin = Instant::now();
     client.api().leases().delete(client.request(DeleteRequest { id: "many".to_owned(), sync: true })).await?;
     Ok((list, begin.elapsed().as_secs_f64() * 1000.0))
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn table(plan: &Plan, figures: &Figures) {
-    println!("# Images: x-manager beside containerd 2.1\n");
-    println!(
-        "Images of {} MiB of text-like files in {} layers, stored and unpacked for containerd's own clients; the median of {} rounds, in turns. By",
-        plan.mib, plan.layers, plan.rounds
-    );
-    println!("`make bench-images` (`tests/src/bin/images-bench.rs`). A ratio above 1 is in x-manager's favour.\n");
-    println!("| | containerd 2.1 | x-manager | containerd / x-manager |\n| --- | ---: | ---: | ---: |");
-    for (name, [theirs, ours]) in figures {
-        let (theirs, ours) = (median(theirs), median(ours));
-        println!("| {name} | {theirs:.2} | {ours:.2} | {:.2} |", theirs / ours);
-    }
 }
