@@ -92,7 +92,7 @@ impl Transfers {
     async fn import_under(self: &Arc<Self>, lease: &Lease, import: Import) -> Result<Vec<String>> {
         let Import { place, bytes, wanted, compresses, progress } = import;
         let namespace = &place.namespace;
-        progress.say("Importing".to_owned());
+        progress.overall("Importing".to_owned());
         let parts = Parts::read(self.archives.clone(), bytes);
         let contents = self.take(namespace, lease.id(), parts, &progress).await?;
         let index = self.index(namespace, lease.id(), &contents, compresses).await?;
@@ -131,7 +131,7 @@ impl Transfers {
                 progress.image(word::SAVED, &name, &target);
             }
         }
-        progress.say("Completed import".to_owned());
+        progress.overall("Completed import".to_owned());
         Ok(names)
     }
 

@@ -46,11 +46,11 @@ impl Transfers {
         let (progress, wanted, namespace) = (&pull.progress, &pull.wanted, &pull.place.namespace);
         let source = format!("OCI Registry ({})", pull.registry.reference());
         let name = if wanted.name.is_empty() { pull.registry.reference().to_string() } else { wanted.name.clone() };
-        progress.say(format!("Resolving from {source}"));
+        progress.overall(format!("Resolving from {source}"));
         let resolved = pull.registry.resolve().await?;
         document::check_type(&resolved.media_type)?;
         let root = Descriptor::new(&resolved.media_type, resolved.digest, resolved.size);
-        progress.say(format!("Pulling from {source}"));
+        progress.overall(format!("Pulling from {source}"));
         progress.image("fetching image content", &name, &root);
         let fetching = Fetching {
             transfers: Arc::clone(self),
@@ -86,7 +86,7 @@ impl Transfers {
         for name in names {
             progress.image(word::SAVED, &name, &target);
         }
-        progress.say(format!("Completed pull from {source}"));
+        progress.overall(format!("Completed pull from {source}"));
         Ok(target)
     }
 }
