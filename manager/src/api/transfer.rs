@@ -207,18 +207,14 @@ impl Credentials for Asking {
             reference: challenge.reference.to_owned(),
             wwwauthenticate: challenge.headers.to_vec(),
         };
-        let asked = async {
-            // one question at a time
-            let mut place = self.0.lock().await;
-            let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
-            let mut stream = place.take().ok_or_else(unanswered)?;
-            stream.send(to_any(&request)).await?;
-            let answer = stream.receive().await?;
-            *place = Some(stream);
-            Ok::<_, Error>(answer)
-        };
-        let answer = tokio::time::timeout(ANSWERED, asked).await;
-        let answer = answer.map_err(|_elapsed| Error::Precondition(format!("no credentials came within {ANSWERED:?}")))??;
+        // one question at a time
+        let mut place = self.0.lock().await;
+        let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
+        let mut stream = place.take().ok_or_else(unanswered)?;
+        stream.send(to_any(&request)).await?;
+        let answer = stream.receive().await?;
+        *place = Some(stream);
+        drop(place);
         let gone = || Error::Precondition("the client has closed the stream of its credentials".to_owned());
         let answer: AuthResponse =
             decode(&answer.ok_or_else(gone)?).ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
@@ -320,8 +316,6 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
 const CHUNKS: usize = 8;
 /// For what is reported last.
 const LAST_REPORTS: Duration = Duration::from_secs(2);
-/// For a client's credentials: its user may be asked.
-const ANSWERED: Duration = Duration::from_secs(300);
 /// Platforms, names and snapshotters of one transfer.
 const MOST_OPTIONS: usize = 100;
 

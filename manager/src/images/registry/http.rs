@@ -206,7 +206,7 @@ impl Idle {
 /// Why there is no answer.
 #[derive(Debug)]
 pub(super) enum SendError {
-    /// The server does not speak TLS.
+    /// The server has answered with something that is no TLS.
     NotTls(String),
     Other(Why),
 }
