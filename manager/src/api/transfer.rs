@@ -253,8 +253,12 @@ async fn echo(from: Stream, to: Stream) -> Result<()> {
         }
         Ok(())
     };
-    let ((), pumped, sent) = tokio::join!(from.receive_bytes(send), pump, to.send_bytes(passed));
-    sent.and(pumped)
+    let receive = async move {
+        from.receive_bytes(send).await;
+        Ok(())
+    };
+    // the first error ends both streams
+    tokio::try_join!(receive, pump, to.send_bytes(passed)).map(|_moved| ())
 }
 
 fn platform(wire: &WirePlatform) -> Platform {
@@ -330,6 +334,15 @@ mod tests {
         drop(Reports(progress));
         assert!(reader.next().await.is_none());
     }
+    #[tokio::test]
+    async fn an_echo_ends_when_one_of_its_clients_leaves() {
+        let ((from, _sender, _updates), (to, _grants, received)) = (stream(), stream());
+        let echoing = tokio::spawn(echo(from, to));
+        drop(received);
+        let ended = tokio::time::timeout(Duration::from_secs(20), echoing).await.expect("it ends").expect("no panic");
+        ended.expect_err("the receiver has left");
+    }
+
 
     #[tokio::test]
     async fn a_credential_that_comes_late_goes_to_no_other_host() {
