@@ -149,6 +149,8 @@ fn transfer_cases() -> Vec<Case> {
             an_image_that_ten_clients_pull_is_fetched_once,
             a_pull_that_is_cancelled_leaves_nothing,
             an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
+            a_registry_that_is_slow_holds_up_no_other,
+            a_layer_that_waits_for_its_turn_has_no_file_open,
             an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
             odd_images_are_pulled_as_far_as_they_can_be,
             of_an_index_what_is_here_is_exported_and_pushed,
