@@ -94,7 +94,7 @@ pub(crate) async fn a_registry_that_is_slow_holds_up_no_other(cx: Context) -> Re
     let client = cx.client();
     let (slow, quick) = (Registry::start(None).await?, Registry::start(None).await?);
     let mut parts = Parts::default();
-    let large = "x".repeat(200_000);
+    let large = "x".repeat(1_200_000);
     let layer = tar(&[(&own(&cx, "base"), large.as_bytes())]);
     let diff_id = sha256(&layer);
     let layer = parts.put(OCI_LAYER, layer);
@@ -129,7 +129,7 @@ pub(crate) async fn a_layer_that_waits_for_its_turn_has_no_file_open(cx: Context
     let client = cx.client();
     let registry = Registry::start(None).await?;
     let mut parts = Parts::default();
-    let large = "x".repeat(200_000);
+    let large = "x".repeat(1_200_000);
     let layers: Vec<_> = (0..12).map(|number| tar(&[(&own(&cx, &format!("layer-{number}")), large.as_bytes())])).collect();
     let diff_ids: Vec<_> = layers.iter().map(|layer| sha256(layer)).collect();
     let descriptors: Vec<_> = layers.into_iter().map(|layer| parts.put(OCI_LAYER, layer)).collect();
