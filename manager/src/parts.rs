@@ -99,6 +99,7 @@ impl Parts {
             gate: gate.clone(),
             collector: Arc::clone(&collector),
             unpacker,
+            differ: differ.clone(),
             pool: pools.content.clone(),
             archives: pools.archives.clone(),
             settings: settings.transfer.clone(),

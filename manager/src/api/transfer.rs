@@ -23,7 +23,6 @@ use crate::images::{
     Event, Export, Import, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers, UnpackFor, Wanted,
 };
 use crate::name::{self, Namespace};
-use crate::snapshots::Snapshotter;
 
 /// The service.
 #[derive(Debug)]
@@ -102,7 +101,7 @@ impl TransferService {
         let transfers = &self.transfers;
         match (source, destination) {
             (Side::Registry(registry), Side::Store(store)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(transfers, store)?;
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.pull(Pull { place, registry, wanted, progress }).await.map(drop)
             }
@@ -112,9 +111,9 @@ impl TransferService {
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.push(Push { place, name: store.name, platforms, registry, progress }).await
             }
-            (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(destination)?).await,
+            (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(transfers, destination)?).await,
             (Side::Import(import), Side::Store(store)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(transfers, store)?;
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
                 let importing = transfers.import(Import { place, bytes, wanted, compresses: import.force_compress, progress });
@@ -284,7 +283,7 @@ fn bound(what: &str, count: usize) -> Result<()> {
     if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
 }
 
-fn wanted(store: ImageStore) -> Result<Wanted> {
+fn wanted(transfers: &Transfers, store: ImageStore) -> Result<Wanted> {
     let labels = mask::without_empty(store.labels);
     name::labels(&labels)?;
     bound("platforms", store.platforms.len())?;
@@ -293,7 +292,7 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
     let unpacks = store.unpacks.iter().map(|unpack| {
         let snapshotter = if unpack.snapshotter.is_empty() { "overlayfs" } else { &unpack.snapshotter };
         let platform = unpack.platform.as_ref().map_or_else(Platform::host, platform);
-        Ok(UnpackFor { platform, snapshotter: Snapshotter::parse(snapshotter)? })
+        Ok(UnpackFor { platform, snapshotter: transfers.snapshotter(snapshotter)? })
     });
     let references = store.extra_references.into_iter().map(|reference| NameRule {
         name: reference.name,
@@ -334,6 +333,7 @@ mod tests {
         drop(Reports(progress));
         assert!(reader.next().await.is_none());
     }
+
     #[tokio::test]
     async fn an_echo_ends_when_one_of_its_clients_leaves() {
         let ((from, _sender, _updates), (to, _grants, received)) = (stream(), stream());
@@ -342,7 +342,6 @@ mod tests {
         let ended = tokio::time::timeout(Duration::from_secs(20), echoing).await.expect("it ends").expect("no panic");
         ended.expect_err("the receiver has left");
     }
-
 
     #[tokio::test]
     async fn a_credential_that_comes_late_goes_to_no_other_host() {

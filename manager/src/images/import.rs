@@ -112,7 +112,9 @@ impl Transfers {
             return Err(Error::Invalid(format!("the archive has nothing for {}", selection.platforms)));
         }
         let plans = self.plan(namespace, &tree, &wanted).await?;
+        let remote = self.begin_remote(namespace, lease.id(), &plans, "").await?;
         self.unpack(namespace, lease.id(), plans, false, &progress).await?;
+        self.finish_remote(remote, false, &progress).await?;
         let mut images = wanted.whole(&index);
         images.extend(present.iter().flat_map(|entry| wanted.imported(entry)));
         if images.is_empty() {

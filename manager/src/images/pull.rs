@@ -19,6 +19,7 @@ use super::names::Wanted;
 use super::progress::{Progress, word};
 use super::record::Origin;
 use super::registry::Registry;
+use super::remote::Remote;
 use super::tree::Tree;
 use crate::error::{Error, Result};
 
@@ -69,9 +70,13 @@ impl Transfers {
         let (configs, layers): (Vec<_>, Vec<_>) = tree.leaves().map(|node| &node.descriptor).partition(|leaf| leaf.kind() == Kind::Config);
         fetch_all(&fetching, configs).await?;
         let plans = self.plan(namespace, &tree, wanted).await?;
+        let remote = self.begin_remote(namespace, lease.id(), &plans, &name).await?;
+        let had = Remote::had(&remote, &plans);
+        let layers = layers.into_iter().filter(|layer| !had.contains(&layer.digest)).collect();
         let unpack = self.unpack(namespace, lease.id(), plans, true, progress);
-        // the first error ends both
-        tokio::try_join!(fetch_all(&fetching, layers), unpack)?;
+        // the first error ends all
+        tokio::try_join!(fetch_all(&fetching, layers), unpack, self.finish_remote(remote, true, progress))?;
+        let tree = tree.without(&had);
         let target = tree.nodes.first().map_or(root, |node| node.descriptor.clone());
         let mut images = wanted.whole(&target);
         if images.is_empty() {
