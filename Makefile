@@ -77,6 +77,14 @@ test-power: packages suites build-shim build-debug
 	X_KILLS=$(KILLS) $(POWER) --nocapture image_kills::
 	X_TIMES=8 $(POWER) --nocapture an_import_that_finds_no_room
 
+## snapshots that are bounded by quotas of projects, on an ext4 in an emulated guest: this host's kernel may know no quotas
+test-quota: packages
+	set -e; tests=$$($(CARGO) test --locked --no-run --package x-manager --bin x-manager --message-format json | sed -n 's,.*"executable":"\([^"]*/x_manager-[^"]*\)".*,\1,p'); \
+	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; strip -o "$$work/x-manager-tests" "$$tests"; \
+	truncate -s 128M "$$work/disk"; mkfs.ext4 -q -F -O project,quota -E quotatype=prjquota "$$work/disk"; \
+	X_VM_MIB=1536 tests/tools/cgroup2-vm --disk "$$work/disk" --with "$$work/x-manager-tests" /bin/sh -c \
+		"mkdir /disk && mount -t ext4 -o prjquota /dev/vda /disk && TMPDIR=/disk $$work/x-manager-tests --nocapture snapshots::tests::a_bounded_snapshot snapshots::tests::a_snapshot_that_cannot"
+
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
 test-systemd: suites build build-faulty
 	tests/tools/install-packages systemd dbus

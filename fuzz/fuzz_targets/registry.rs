@@ -6,6 +6,9 @@
 #[path = "../../manager/src/images/registry/challenge.rs"]
 mod challenge;
 #[allow(dead_code, unreachable_pub)]
+#[path = "../../manager/src/duration.rs"]
+mod duration;
+#[allow(dead_code, unreachable_pub)]
 #[path = "../../manager/src/images/registry/hosts_file.rs"]
 mod hosts_file;
 

@@ -9,6 +9,7 @@ mod content;
 mod control;
 mod daemon;
 mod diff;
+mod duration;
 mod error;
 mod events;
 mod filter;

@@ -23,7 +23,6 @@ use crate::images::{
     Event, Export, Import, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers, UnpackFor, Wanted,
 };
 use crate::name::{self, Namespace};
-use crate::snapshots::Snapshotter;
 
 /// The service.
 #[derive(Debug)]
@@ -102,7 +101,7 @@ impl TransferService {
         let transfers = &self.transfers;
         match (source, destination) {
             (Side::Registry(registry), Side::Store(store)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(transfers, store)?;
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.pull(Pull { place, registry, wanted, progress }).await.map(drop)
             }
@@ -112,9 +111,9 @@ impl TransferService {
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.push(Push { place, name: store.name, platforms, registry, progress }).await
             }
-            (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(destination)?).await,
+            (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(transfers, destination)?).await,
             (Side::Import(import), Side::Store(store)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(transfers, store)?;
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
                 let importing = transfers.import(Import { place, bytes, wanted, compresses: import.force_compress, progress });
@@ -207,18 +206,14 @@ impl Credentials for Asking {
             reference: challenge.reference.to_owned(),
             wwwauthenticate: challenge.headers.to_vec(),
         };
-        let asked = async {
-            // one question at a time
-            let mut place = self.0.lock().await;
-            let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
-            let mut stream = place.take().ok_or_else(unanswered)?;
-            stream.send(to_any(&request)).await?;
-            let answer = stream.receive().await?;
-            *place = Some(stream);
-            Ok::<_, Error>(answer)
-        };
-        let answer = tokio::time::timeout(ANSWERED, asked).await;
-        let answer = answer.map_err(|_elapsed| Error::Precondition(format!("no credentials came within {ANSWERED:?}")))??;
+        // one question at a time
+        let mut place = self.0.lock().await;
+        let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
+        let mut stream = place.take().ok_or_else(unanswered)?;
+        stream.send(to_any(&request)).await?;
+        let answer = stream.receive().await?;
+        *place = Some(stream);
+        drop(place);
         let gone = || Error::Precondition("the client has closed the stream of its credentials".to_owned());
         let answer: AuthResponse =
             decode(&answer.ok_or_else(gone)?).ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
@@ -257,8 +252,12 @@ async fn echo(from: Stream, to: Stream) -> Result<()> {
         }
         Ok(())
     };
-    let ((), pumped, sent) = tokio::join!(from.receive_bytes(send), pump, to.send_bytes(passed));
-    sent.and(pumped)
+    let receive = async move {
+        from.receive_bytes(send).await;
+        Ok(())
+    };
+    // the first error ends both streams
+    tokio::try_join!(receive, pump, to.send_bytes(passed)).map(|_moved| ())
 }
 
 fn platform(wire: &WirePlatform) -> Platform {
@@ -284,7 +283,7 @@ fn bound(what: &str, count: usize) -> Result<()> {
     if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
 }
 
-fn wanted(store: ImageStore) -> Result<Wanted> {
+fn wanted(transfers: &Transfers, store: ImageStore) -> Result<Wanted> {
     let labels = mask::without_empty(store.labels);
     name::labels(&labels)?;
     bound("platforms", store.platforms.len())?;
@@ -293,7 +292,7 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
     let unpacks = store.unpacks.iter().map(|unpack| {
         let snapshotter = if unpack.snapshotter.is_empty() { "overlayfs" } else { &unpack.snapshotter };
         let platform = unpack.platform.as_ref().map_or_else(Platform::host, platform);
-        Ok(UnpackFor { platform, snapshotter: Snapshotter::parse(snapshotter)? })
+        Ok(UnpackFor { platform, snapshotter: transfers.snapshotter(snapshotter)? })
     });
     let references = store.extra_references.into_iter().map(|reference| NameRule {
         name: reference.name,
@@ -320,8 +319,6 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
 const CHUNKS: usize = 8;
 /// For what is reported last.
 const LAST_REPORTS: Duration = Duration::from_secs(2);
-/// For a client's credentials: its user may be asked.
-const ANSWERED: Duration = Duration::from_secs(300);
 /// Platforms, names and snapshotters of one transfer.
 const MOST_OPTIONS: usize = 100;
 
@@ -335,6 +332,15 @@ mod tests {
         let (progress, mut reader) = Progress::new();
         drop(Reports(progress));
         assert!(reader.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_echo_ends_when_one_of_its_clients_leaves() {
+        let ((from, _sender, _updates), (to, _grants, received)) = (stream(), stream());
+        let echoing = tokio::spawn(echo(from, to));
+        drop(received);
+        let ended = tokio::time::timeout(Duration::from_secs(20), echoing).await.expect("it ends").expect("no panic");
+        ended.expect_err("the receiver has left");
     }
 
     #[tokio::test]

@@ -66,6 +66,8 @@ pub(crate) struct Content {
     has_left: AtomicBool,
     /// Held for reading from the naming of a blob until its row is written.
     publishing: tokio::sync::RwLock<()>,
+    /// Held by the verification that reads all blobs.
+    verifying: tokio::sync::Mutex<()>,
 }
 
 /// A blob that can be read, also when it is removed meanwhile.
@@ -111,6 +113,7 @@ impl Content {
             freed: AtomicU64::new(0),
             has_left: AtomicBool::new(false),
             publishing: tokio::sync::RwLock::default(),
+            verifying: tokio::sync::Mutex::default(),
         })
     }
 

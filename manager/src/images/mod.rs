@@ -26,6 +26,7 @@ mod pull;
 mod push;
 mod record;
 pub(crate) mod registry;
+mod remote;
 mod tag;
 mod tree;
 pub(crate) mod unpack;
@@ -47,6 +48,7 @@ pub(crate) use record::{put, validate};
 pub(crate) use tree::Selection;
 
 use crate::content::{Content, Digest};
+use crate::diff::Differ;
 use crate::error::Error;
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -66,6 +68,8 @@ pub(crate) struct Transfers {
     gate: Gate,
     collector: Arc<Collector>,
     unpacker: Unpacker,
+    /// Applies layers to snapshots of other processes.
+    differ: Differ,
     /// Reads blobs.
     pool: Pool,
     /// Reads and writes archives.
@@ -86,6 +90,7 @@ pub(crate) struct Parts {
     pub(crate) gate: Gate,
     pub(crate) collector: Arc<Collector>,
     pub(crate) unpacker: Unpacker,
+    pub(crate) differ: Differ,
     pub(crate) pool: Pool,
     pub(crate) archives: Pool,
     pub(crate) settings: TransferSettings,
@@ -94,7 +99,7 @@ pub(crate) struct Parts {
 impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { content, store, events, gate, collector, unpacker, pool, archives, settings } = parts;
+        let Parts { content, store, events, gate, collector, unpacker, differ, pool, archives, settings } = parts;
         Self {
             content,
             store,
@@ -102,6 +107,7 @@ impl Transfers {
             gate,
             collector,
             unpacker,
+            differ,
             pool,
             archives,
             downloads: Semaphore::new(settings.max_concurrent_downloads),

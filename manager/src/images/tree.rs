@@ -147,6 +147,12 @@ impl Tree {
         Ok(tree)
     }
 
+    /// Without blobs that are not kept here.
+    pub(super) fn without(mut self, blobs: &HashSet<Digest>) -> Self {
+        self.nodes.retain(|node| !blobs.contains(&node.descriptor.digest));
+        self
+    }
+
     /// Its blobs that are no documents.
     pub(super) fn leaves(&self) -> impl Iterator<Item = &Node> {
         self.nodes.iter().filter(|node| !node.is_document)

@@ -20,6 +20,7 @@ pub(crate) mod garbage;
 mod labels;
 mod objects;
 mod processes;
+pub(crate) mod proxied;
 mod queue;
 mod reserve;
 mod schema;
