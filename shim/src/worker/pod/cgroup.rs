@@ -87,8 +87,8 @@ impl Planned {
     }
 }
 
-/// The controllers of cgroup v1 that count something.
-const STATISTICS: [&str; 7] = ["cpu", "cpuacct", "memory", "pids", "blkio", "hugetlb", "rdma"];
+/// The controllers of cgroup v1 that count something for a pod without containers.
+const STATISTICS: [&str; 4] = ["cpu", "cpuacct", "memory", "pids"];
 
 async fn start(unit: &plan::Unit) -> Result<(), Error> {
     let failed = |error: &systemd::Error| Error::PodConfig {
