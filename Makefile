@@ -17,7 +17,7 @@ X_REVISION := $(X_REVISION)
 export X_REVISION
 
 .PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-power test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-tools clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-docker bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -242,6 +242,15 @@ bench-images: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin images-bench -- \
 		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-images.md.new
 	mv docs/bench-images.md.new docs/bench-images.md
+
+## Docker 28 with its image store on containerd 2.1 and on x-manager, in turns, into docs/bench-docker.md: time of pull, save, load and run, and memory and CPU
+## time of the daemon below. Images are of X_BENCH_MIB MiB in 10 layers, in X_BENCH_FOLDER. The machine should do nothing else
+bench-docker: X_BENCH_MIB ?= 512
+bench-docker: X_BENCH_FOLDER ?= /var/tmp
+bench-docker: packages suites build bench-tools
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin docker-bench -- \
+		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-docker.md.new
+	mv docs/bench-docker.md.new docs/bench-docker.md
 
 BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench --
 

@@ -194,6 +194,16 @@ pub(crate) async fn open_stream(client: &Client) -> Result<Opened> {
     }
 }
 
+/// A pull or a push may have failed at the registry.
+fn explained(error: Error, beside: &Beside) -> Error {
+    match error {
+        Error::Call { doing, status } if status.code() == Code::Unavailable && matches!(beside, Beside::Secret(_)) => {
+            Error::Registry { doing, status }
+        }
+        error => unserved(error),
+    }
+}
+
 /// containerd before 1.7.
 fn unserved(error: Error) -> Error {
     if error.code() != Some(Code::Unimplemented) {
@@ -221,8 +231,8 @@ impl Transfer {
                 result = &mut transferred, if !is_transferred => {
                     if let Err(error) = result {
                         // the terminal first: a message is for people
-                        shown.progress.finish();
-                        return Err(unserved(error));
+                        shown.progress.stop();
+                        return Err(explained(error, &beside));
                     }
                     is_transferred = true;
                     if let Beside::AllBytes(_, answered) = &beside {
@@ -239,9 +249,9 @@ impl Transfer {
                     // the daemon's error is the better one, if it has one
                     if let Err(error) = moved {
                         let late = tokio::time::timeout(LAST_EVENTS, &mut transferred).await;
-                        shown.progress.finish();
+                        shown.progress.stop();
                         return Err(match late {
-                            Ok(Err(theirs)) if !is_transferred => unserved(theirs),
+                            Ok(Err(theirs)) if !is_transferred => explained(theirs, &beside),
                             _ => error,
                         });
                     }
