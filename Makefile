@@ -148,7 +148,7 @@ soak: packages suites build
 ## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; failing inputs are in fuzz/artifacts, new interesting ones
 ## in fuzz/found. Unit tests replay fuzz/corpus, with mutations, in `test`. No sanitizer, so no nightly compiler: no parser has unsafe code.
 FUZZ_SECONDS ?= 300
-FUZZ_TARGETS := frame bootstrap options config journal handover engine tar registry
+FUZZ_TARGETS := frame bootstrap options config journal handover engine tar registry hosts image stream write
 CARGO_FUZZ_VERSION := 0.13.2
 fuzz:
 	$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz@$(CARGO_FUZZ_VERSION)

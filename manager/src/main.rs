@@ -14,6 +14,8 @@ mod error;
 mod events;
 mod filter;
 mod forward;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gate;
 mod gc;
 mod guarded;

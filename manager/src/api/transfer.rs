@@ -315,6 +315,24 @@ fn wanted(transfers: &Transfers, store: ImageStore) -> Result<Wanted> {
     })
 }
 
+/// Reads a request as a transfer does before it begins.
+#[cfg(any(test, fuzzing))]
+pub(super) fn parsed(request: TransferRequest) -> Result<()> {
+    for side in [Side::of(request.source, "source")?, Side::of(request.destination, "destination")?] {
+        match side {
+            Side::Registry(registry) => drop(Reference::parse(&registry.reference)?),
+            Side::Store(store) => {
+                names(&store)?;
+                let wanted = wanted(store)?;
+                assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
+            }
+            Side::Export(export) => drop(platforms(&export.platforms)),
+            Side::Import(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Chunks on their way between a stream and an archive.
 const CHUNKS: usize = 8;
 /// For what is reported last.

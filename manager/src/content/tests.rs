@@ -1,7 +1,6 @@
 use std::fs;
 
 use super::*;
-use crate::store;
 
 struct Fixture {
     content: Arc<Content>,
@@ -11,7 +10,7 @@ struct Fixture {
 impl Fixture {
     fn new(name: &str) -> Self {
         let folder = scratch::Folder::new(name);
-        let store = Store::open(&store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let content = Content::open(&folder.join("content"), Sharing::Shared, store, Pool::new("test", 3), Gate::default());
         Self { content: Arc::new(content.expect("a folder")), folder }
     }

@@ -268,7 +268,7 @@ fn swept(swept: garbage::Swept) -> BTreeSet<Name> {
 #[tokio::test]
 async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_order_of_calls() {
     let folder = scratch::Folder::new("gc");
-    let store = Store::open(&crate::store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+    let store = Store::new(&folder);
     store.write(|db| namespaces::ensure(db, NAMESPACE)).await.expect("room");
     let (mut dice, mut model, mut removed) = (Dice(12), Model::default(), 0);
     let now = crate::timestamp::to_nanos(&crate::timestamp::now());

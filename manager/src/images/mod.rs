@@ -16,6 +16,8 @@ mod compress;
 mod document;
 mod export;
 mod fetch;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod import;
 mod lease;
 mod names;
@@ -44,6 +46,8 @@ pub(crate) use platform::{Platform, Platforms};
 pub(crate) use progress::{Event, Progress, Reader};
 pub(crate) use pull::Pull;
 pub(crate) use push::Push;
+#[cfg(test)]
+pub(crate) use record::tests::image;
 pub(crate) use record::{put, validate};
 pub(crate) use tree::Selection;
 

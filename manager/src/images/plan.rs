@@ -74,6 +74,13 @@ impl Plan {
         content.run(move || Self::of(config, layers, &document)).await
     }
 
+    /// The same, of documents that are at hand.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn of_documents(name: &Digest, manifest: &[u8], config: &[u8]) -> Result<Self> {
+        let (of, layers) = layers_of(name, manifest)?;
+        Self::of(of, layers, config)
+    }
+
     fn of(config: Digest, layers: Vec<Descriptor>, document: &[u8]) -> Result<Self> {
         let parsed: Config = serde_json::from_slice(document).map_err(|error| Error::Invalid(format!("config {config}: {error}")))?;
         let diff_ids = parsed.rootfs.map(|rootfs| rootfs.diff_ids).unwrap_or_default();
@@ -168,8 +175,7 @@ mod tests {
 
     fn plan(manifest: &str, config: &str) -> Result<Plan> {
         let name = Digest::parse(&digest('0')).expect("a digest");
-        let (of, layers) = layers_of(&name, manifest.as_bytes())?;
-        Plan::of(of, layers, config.as_bytes())
+        Plan::of_documents(&name, manifest.as_bytes(), config.as_bytes())
     }
 
     fn manifest(layers: &[(&str, char)]) -> String {

@@ -1,5 +1,4 @@
 use super::*;
-use crate::store::Files;
 
 struct Fixture {
     mounts: Mounts,
@@ -17,7 +16,7 @@ impl Fixture {
             fs::create_dir(folder.join(name)).expect("a folder");
         }
         fs::write(folder.join("data/file"), "data").expect("a file");
-        let store = Store::open(&Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let mounts = Mounts::new(&folder.join("state"), &folder.join("root"), store, Pool::new("test", 2), Gate::default());
         Some(Self { mounts, folder })
     }

@@ -9,7 +9,7 @@ use nix::mount::{MsFlags, mount};
 
 use super::*;
 use crate::error::Error;
-use crate::store::Files;
+use crate::layers::testing::is_root;
 
 struct Fixture {
     snapshots: Snapshots,
@@ -22,12 +22,11 @@ fn place(snapshotter: &str) -> Place {
 
 impl Fixture {
     fn new(name: &str) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: snapshots need root");
+        if !is_root() {
             return None;
         }
         let folder = scratch::Folder::new(name);
-        let store = Store::open(&Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let (files, removal) = (Pool::new("test", 4), Pool::new("test", 1));
         let snapshots = Snapshots::open(&folder, store, Gate::default(), files, removal).expect("a root");
         assert_eq!(snapshots.unusable(Snapshotter::Overlayfs), None);
@@ -550,7 +549,7 @@ async fn a_commit_learns_of_files_that_were_not_written_though_another_was_told_
         return;
     }
     let failing = Failing::new();
-    let store = Store::open(&Files { meta: failing.folder.join("meta.db"), notes: failing.folder.join("notes.db") }).expect("a new store");
+    let store = Store::new(&failing.folder);
     let disk = failing.folder.join("disk");
     let snapshots = Snapshots::open(&disk, store, Gate::default(), Pool::new("test", 4), Pool::new("test", 1)).expect("a root");
     let new = New { key: "a".to_owned(), parent: String::new(), kind: Kind::Active, labels: HashMap::new(), lease: None };

@@ -228,7 +228,7 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
     let client = cx.client();
     let registry = Registry::start(None).await?;
     let architecture = this_machine().architecture;
-    let cases: [Wrong; 9] = [
+    let cases: [Wrong; 13] = [
         ("schema1", "schema 1", |parts, _| {
             let old = json!({ "schemaVersion": 1, "name": "x", "fsLayers": [{ "blobSum": "sha256:0" }], "history": [] });
             parts.put("application/vnd.docker.distribution.manifest.v1+prettyjws", old.to_string().into_bytes())
@@ -270,6 +270,17 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
             let architecture = this_machine().architecture;
             parts.manifest(&architecture, &[layer], &[sha256(b"something else")])
         }),
+        ("unknown-manifest", "404", |parts, own| {
+            let mut image = parts.image("amd64", &[own]);
+            image["digest"] = json!(sha256(own.as_bytes()));
+            parts.index(&[image])
+        }),
+        ("unknown-layer", "404", |parts, own| {
+            let layer = json!({ "mediaType": OCI_LAYER, "digest": sha256(own.as_bytes()), "size": 7 });
+            parts.manifest(&this_machine().architecture, &[layer], &[sha256(b"x")])
+        }),
+        ("longer-than-it-says", "bytes instead of", |parts, own| resized(parts, own, |size| size - 1)),
+        ("shorter-than-it-says", "bytes instead of", |parts, own| resized(parts, own, |size| size + 1)),
     ];
     for (what, sentence, make) in cases {
         let mut parts = Parts::default();
@@ -293,6 +304,15 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
     pull(client, &registry.image("bytes:1")).await?;
     remove(client, &registry.image("bytes:1")).await?;
     nothing_is_left(client).await
+}
+
+/// An image whose layer has another size than its descriptor says.
+fn resized(parts: &mut Parts, own: &str, change: fn(usize) -> usize) -> Value {
+    let layer = tar(&[(own, b"x")]);
+    let (size, diff_id) = (layer.len(), sha256(&layer));
+    let mut layer = parts.put(OCI_LAYER, layer);
+    layer["size"] = json!(change(size));
+    parts.manifest(&this_machine().architecture, &[layer], &[diff_id])
 }
 
 pub(crate) async fn odd_images_are_pulled_as_far_as_they_can_be(cx: Context) -> Result<()> {

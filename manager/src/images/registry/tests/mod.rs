@@ -4,7 +4,6 @@ mod auth;
 mod double;
 mod fetch;
 mod hosts;
-mod parsers;
 mod push;
 mod resolve;
 mod transport;
