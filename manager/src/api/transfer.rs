@@ -21,6 +21,7 @@ use crate::gate::Gate;
 use crate::images::registry::{Challenge, Credentials, Options, Reference, Registry, Secret};
 use crate::images::{
     Event, Export, Import, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers, UnpackFor, Wanted,
+    Where,
 };
 use crate::name::{self, Namespace};
 
@@ -101,7 +102,7 @@ impl TransferService {
         let transfers = &self.transfers;
         match (source, destination) {
             (Side::Registry(registry), Side::Store(store)) => {
-                let wanted = wanted(transfers, store)?;
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.pull(Pull { place, registry, wanted, progress }).await.map(drop)
             }
@@ -111,9 +112,12 @@ impl TransferService {
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.push(Push { place, name: store.name, platforms, registry, progress }).await
             }
-            (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(transfers, destination)?).await,
+            (Side::Store(source), Side::Store(destination)) => {
+                let wanted = wanted(destination, |name| transfers.snapshotter(name))?;
+                transfers.tag(&place, &source.name, &wanted).await
+            }
             (Side::Import(import), Side::Store(store)) => {
-                let wanted = wanted(transfers, store)?;
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
                 let importing = transfers.import(Import { place, bytes, wanted, compresses: import.force_compress, progress });
@@ -283,7 +287,7 @@ fn bound(what: &str, count: usize) -> Result<()> {
     if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
 }
 
-fn wanted(transfers: &Transfers, store: ImageStore) -> Result<Wanted> {
+fn wanted(store: ImageStore, snapshotter_of: impl Fn(&str) -> Result<Where>) -> Result<Wanted> {
     let labels = mask::without_empty(store.labels);
     name::labels(&labels)?;
     bound("platforms", store.platforms.len())?;
@@ -292,7 +296,7 @@ fn wanted(transfers: &Transfers, store: ImageStore) -> Result<Wanted> {
     let unpacks = store.unpacks.iter().map(|unpack| {
         let snapshotter = if unpack.snapshotter.is_empty() { "overlayfs" } else { &unpack.snapshotter };
         let platform = unpack.platform.as_ref().map_or_else(Platform::host, platform);
-        Ok(UnpackFor { platform, snapshotter: transfers.snapshotter(snapshotter)? })
+        Ok(UnpackFor { platform, snapshotter: snapshotter_of(snapshotter)? })
     });
     let references = store.extra_references.into_iter().map(|reference| NameRule {
         name: reference.name,
@@ -323,7 +327,7 @@ pub(super) fn parsed(request: TransferRequest) -> Result<()> {
             Side::Registry(registry) => drop(Reference::parse(&registry.reference)?),
             Side::Store(store) => {
                 names(&store)?;
-                let wanted = wanted(store)?;
+                let wanted = wanted(store, |name| crate::snapshots::Snapshotter::parse(name).map(Where::Own))?;
                 assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
             }
             Side::Export(export) => drop(platforms(&export.platforms)),

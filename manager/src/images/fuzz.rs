@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 use hyper::body::Bytes;
 
 use super::document::{Configuration, Descriptor, Document, MOST_CHILDREN};
-use super::plan::{Plan, config_of};
+use super::plan::Plan;
 use super::platform::{Platform, Platforms};
 use super::tree::{Documents, Selection, Tree};
 use crate::content::Digest;
@@ -37,10 +37,8 @@ pub fn image(bytes: &[u8]) {
             // what it was found to be, it is
             assert_eq!(Document::parse(part, &media_type).ok(), Some((document, media_type)));
         }
-        if config_of(&root, part).is_ok() {
-            for config in &parts.0 {
-                let _ = Plan::of_documents(&root, part, config);
-            }
+        for config in &parts.0 {
+            let _ = Plan::of_documents(&root, part, config);
         }
     }
     let amd64 = Platforms::of([Platform::new("linux", "amd64", "")]);

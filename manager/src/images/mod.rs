@@ -41,7 +41,7 @@ use tokio::sync::Semaphore;
 pub(crate) use export::Export;
 pub(crate) use import::Import;
 pub(crate) use lease::Place;
-pub(crate) use names::{NameRule, UnpackFor, Wanted};
+pub(crate) use names::{NameRule, UnpackFor, Wanted, Where};
 pub(crate) use platform::{Platform, Platforms};
 pub(crate) use progress::{Event, Progress, Reader};
 pub(crate) use pull::Pull;
