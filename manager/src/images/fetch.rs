@@ -24,7 +24,10 @@ use crate::name::Namespace;
 
 /// Digests that are being fetched, from each registry.
 #[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<HashMap<Digest, HashMap<String, Arc<Turn<()>>>>>);
+pub(super) struct Flights(Mutex<HashMap<Digest, ByHost>>);
+
+/// Turns by the registry's host.
+type ByHost = HashMap<String, Arc<Turn<()>>>;
 
 /// The turn to fetch a digest from a registry.
 #[derive(Debug)]
