@@ -282,6 +282,24 @@ fn names(store: &ImageStore) -> Result<Vec<String>> {
     Ok(own.into_iter().chain(store.extra_references.iter().map(|reference| reference.name.clone())).collect())
 }
 
+/// Reads a request as a transfer does before it begins.
+#[cfg(any(test, fuzzing))]
+pub(super) fn parsed(request: TransferRequest) -> Result<()> {
+    for side in [Side::of(request.source, "source")?, Side::of(request.destination, "destination")?] {
+        match side {
+            Side::Registry(registry) => drop(Reference::parse(&registry.reference)?),
+            Side::Store(store) => {
+                names(&store)?;
+                let wanted = wanted(store, |name| crate::snapshots::Snapshotter::parse(name).map(Where::Own))?;
+                assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
+            }
+            Side::Export(export) => drop(platforms(&export.platforms)),
+            Side::Import(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Refuses more of something than a transfer may name.
 fn bound(what: &str, count: usize) -> Result<()> {
     if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
@@ -317,24 +335,6 @@ fn wanted(store: ImageStore, snapshotter_of: impl Fn(&str) -> Result<Where>) -> 
             skips_missing: false,
         },
     })
-}
-
-/// Reads a request as a transfer does before it begins.
-#[cfg(any(test, fuzzing))]
-pub(super) fn parsed(request: TransferRequest) -> Result<()> {
-    for side in [Side::of(request.source, "source")?, Side::of(request.destination, "destination")?] {
-        match side {
-            Side::Registry(registry) => drop(Reference::parse(&registry.reference)?),
-            Side::Store(store) => {
-                names(&store)?;
-                let wanted = wanted(store, |name| crate::snapshots::Snapshotter::parse(name).map(Where::Own))?;
-                assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
-            }
-            Side::Export(export) => drop(platforms(&export.platforms)),
-            Side::Import(_) => {}
-        }
-    }
-    Ok(())
 }
 
 /// Chunks on their way between a stream and an archive.

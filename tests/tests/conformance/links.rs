@@ -28,7 +28,7 @@ pub(crate) fn every_link_leads_to_a_file_and_a_heading_that_there_are() -> Resul
     Ok(())
 }
 
-/// Each document of `docs/` is named there: what is not is found by nobody.
+/// Each document of `docs/` is named there.
 pub(crate) fn the_readme_leads_to_every_document() -> Result<()> {
     let readme = fs::read_to_string(root().join("README.md"))?;
     for path in documents()?.keys().filter(|path| path.parent() == Some(&root().join("docs"))) {

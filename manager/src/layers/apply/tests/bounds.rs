@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
 
 use super::*;
 
@@ -137,7 +140,7 @@ fn a_layer_of_which_nothing_comes_ends_when_it_is_cancelled() {
         });
         scratch::eventually("much is read", || reads.load(Ordering::Relaxed) > 100);
         drop(cancels);
-        assert_eq!(ends.recv_timeout(std::time::Duration::from_secs(20)), Ok(true));
+        assert_eq!(ends.recv_timeout(Duration::from_secs(60)), Ok(true));
     }
 }
 
@@ -152,10 +155,13 @@ fn a_deep_folder_costs_as_much_as_it_is_deep() {
     }
     let archive = archive.end();
     merge(&archive, &lower).expect("applied");
-    let begin = std::time::Instant::now();
+    // of this thread alone: the machine may be busy
+    let processor = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock"));
+    let begin = processor();
     overlay(&archive, &upper, &[&lower]).expect("applied");
+    let took = processor() - begin;
     // from the root again for each folder of them, it took a minute
-    assert!(begin.elapsed() < std::time::Duration::from_secs(15), "{:?}", begin.elapsed());
+    assert!(took < Duration::from_secs(15), "{took:?}");
     tree::remove(tree::open_root(&folder).expect("a folder").as_fd(), b"upper").expect("removed");
     tree::remove(tree::open_root(&folder).expect("a folder").as_fd(), b"lower").expect("removed");
 }
