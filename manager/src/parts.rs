@@ -82,7 +82,7 @@ impl Parts {
         };
         let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
         let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
-        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.bundles.clone(), gate.clone());
+        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.mounts.clone(), gate.clone());
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
@@ -100,6 +100,7 @@ impl Parts {
             collector: Arc::clone(&collector),
             unpacker,
             ahead: ahead.clone(),
+            differ: differ.clone(),
             pool: pools.content.clone(),
             archives: pools.archives.clone(),
             settings: settings.transfer.clone(),

@@ -13,6 +13,8 @@ mod containers;
 mod content;
 mod diff;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod health;
 mod images;
 mod introspection;

@@ -4,7 +4,8 @@
 //! StreamInit{id} ─▶ named ─▶ an empty message: ready ─▶ taken by a Transfer ─▶ messages, both ways ─▶ closed by either end
 //!                     └─ not taken for a while: closed
 //! ```
-//! **Invariant:** a stream is taken once. What one holds is bounded: a few messages, each as long as a client of these streams sends at most.
+//! **Invariant:** a stream is taken once, and nothing of it is read before. Then one message of it is here at a time, as long as a client of
+//! these streams sends at most, which counts in the budget of requests until the next one is received.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -15,15 +16,15 @@ use std::time::Duration;
 
 use containerd_client::services::v1::StreamInit;
 use containerd_client::to_any;
-use containerd_client::types::transfer::{self, WindowUpdate};
+use containerd_client::types::transfer::{Data, WindowUpdate};
 use hyper::body::Bytes;
 use prost_types::Any;
 use tokio::sync::{mpsc, oneshot};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::call::Call;
-use super::uncopied::{Data, Received};
 use crate::error::{Error, Object, Result};
 use crate::name::Namespace;
 
@@ -43,39 +44,41 @@ struct Open {
 }
 
 /// This end of a stream.
-#[derive(Debug)]
 pub(crate) struct Stream {
-    incoming: mpsc::Receiver<Result<Received>>,
+    incoming: Incoming,
     outgoing: mpsc::Sender<Result<Any, Status>>,
+}
+
+/// Messages of a client.
+type Incoming = Pin<Box<dyn tokio_stream::Stream<Item = Result<Any>> + Send + Sync>>;
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream").finish_non_exhaustive()
+    }
 }
 
 impl Streams {
     pub(super) async fn stream(
         self: Arc<Self>,
         call: Call,
-        mut requests: Streaming<Received>,
+        mut requests: Streaming<Any>,
     ) -> Result<impl tokio_stream::Stream<Item = Result<Any, Status>>> {
         let namespace = call.namespace()?;
         let first = tokio::time::timeout(OPENED, requests.message()).await;
         let first = first.map_err(|_elapsed| Error::Invalid(format!("no message came within {OPENED:?}")))?;
         let first = first.map_err(gone)?.ok_or_else(|| Error::Invalid("a stream begins with its id".to_owned()))?;
-        let init: StreamInit = first.message().ok_or_else(|| Error::Invalid("a stream begins with StreamInit".to_owned()))?;
+        let init: StreamInit = decode(&first).ok_or_else(|| Error::Invalid("a stream begins with StreamInit".to_owned()))?;
         call.answered();
-        let (received, incoming) = mpsc::channel(MESSAGES);
         let (outgoing, answers) = mpsc::channel(MESSAGES);
+        let incoming: Incoming = Box::pin(Messages { requests, call, is_held: false, has_ended: false });
         // there is room
         let _ = outgoing.try_send(Ok(Any { type_url: "google.protobuf.Empty".to_owned(), value: Vec::new() }));
         let key = (namespace, init.id);
         let number = self.add(key.clone(), Stream { incoming, outgoing })?;
         let (open, closed) = oneshot::channel::<()>();
         tokio::spawn(async move {
-            let forwarding = async {
-                forward(&call, requests, received).await;
-                // what a client has sent may be taken when it has sent everything
-                std::future::pending::<()>().await;
-            };
             tokio::select! {
-                () = forwarding => {}
                 // closed by either end
                 _ = closed => {}
                 () = self.expire(&key, number) => {}
@@ -147,24 +150,47 @@ impl tokio_stream::Stream for Answers {
     }
 }
 
-/// Passes on what comes, until the client has sent everything, or is gone.
-async fn forward(call: &Call, mut requests: Streaming<Received>, received: mpsc::Sender<Result<Received>>) {
-    loop {
-        let message = match requests.message().await {
-            Ok(None) => return,
-            Ok(Some(message)) if message.value.len() > MESSAGE_BYTES => {
-                let length = message.value.len();
-                Err(Error::Exhausted(format!("a message of {length} bytes in a stream; the most is {MESSAGE_BYTES}")))
-            }
-            Ok(Some(message)) => Ok(message),
-            Err(status) => Err(gone(status)),
-        };
-        call.answered();
-        let is_last = message.is_err();
-        if received.send(message).await.is_err() || is_last {
-            return;
+/// What a client sends, read when it is asked for.
+struct Messages {
+    requests: Streaming<Any>,
+    call: Call,
+    /// Whether there is one that has not been answered.
+    is_held: bool,
+    has_ended: bool,
+}
+
+impl tokio_stream::Stream for Messages {
+    type Item = Result<Any>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        if this.has_ended {
+            return Poll::Ready(None);
         }
+        if std::mem::take(&mut this.is_held) {
+            this.call.answered();
+        }
+        let message = match std::task::ready!(Pin::new(&mut this.requests).poll_next(cx)) {
+            None => None,
+            Some(Ok(message)) => Some(bounded(message)),
+            Some(Err(status)) => Some(Err(gone(status))),
+        };
+        this.is_held = true;
+        this.has_ended = !matches!(message, Some(Ok(_)));
+        Poll::Ready(message)
     }
+}
+
+fn closed() -> Error {
+    Error::Remote { code: tonic::Code::Cancelled, message: "the client has closed its stream".to_owned() }
+}
+
+fn bounded(message: Any) -> Result<Any> {
+    let length = message.value.len();
+    if length > MESSAGE_BYTES {
+        return Err(Error::Exhausted(format!("a message of {length} bytes in a stream; the most is {MESSAGE_BYTES}")));
+    }
+    Ok(message)
 }
 
 fn gone(status: Status) -> Error {
@@ -179,8 +205,8 @@ pub(super) fn decode<M: prost::Message + prost::Name + Default>(any: &Any) -> Op
 
 impl Stream {
     /// The next message; none when the client has sent everything.
-    pub(super) async fn receive(&mut self) -> Result<Option<Received>> {
-        let next = tokio::time::timeout(IDLE, self.incoming.recv()).await;
+    pub(super) async fn receive(&mut self) -> Result<Option<Any>> {
+        let next = tokio::time::timeout(IDLE, self.incoming.next()).await;
         let next = next.map_err(|_elapsed| Error::Exhausted(format!("nothing came in the client's stream for {IDLE:?}")))?;
         next.transpose()
     }
@@ -190,7 +216,7 @@ impl Stream {
         let sent = tokio::time::timeout(IDLE, self.outgoing.send(Ok(message))).await;
         match sent {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Error::Remote { code: tonic::Code::Cancelled, message: "the client has closed its stream".to_owned() }),
+            Ok(Err(_)) => Err(closed()),
             Err(_elapsed) => Err(Error::Exhausted(format!("the client has read nothing of its stream for {IDLE:?}"))),
         }
     }
@@ -220,13 +246,13 @@ impl Stream {
                 *granted += i64::from(WINDOW_BYTES);
             }
             let Some(message) = self.receive().await? else { return Ok(None) };
-            let Some(Data { data }) = message.message() else {
+            let Some(Data { data }) = decode(&message) else {
                 let kind: String = message.type_url.chars().take(100).collect();
                 return Err(Error::Invalid(format!("{kind:?} in a stream of data")));
             };
             *granted -= i64::try_from(data.len()).unwrap_or(i64::MAX);
             if !data.is_empty() {
-                return Ok(Some(data));
+                return Ok(Some(data.into()));
             }
         }
     }
@@ -234,13 +260,19 @@ impl Stream {
     /// Sends all bytes as the client grants it.
     pub(super) async fn send_bytes(mut self, mut from: mpsc::Receiver<Bytes>) -> Result<()> {
         let mut granted: i64 = 0;
-        while let Some(mut bytes) = from.recv().await {
+        loop {
+            let next = tokio::select! {
+                next = from.recv() => next,
+                // there may be nothing to send for a long time
+                () = self.outgoing.closed() => return Err(closed()),
+            };
+            let Some(mut bytes) = next else { return Ok(()) };
             while !bytes.is_empty() {
                 while granted <= 0 {
                     let Some(message) = self.receive().await? else {
                         return Err(Error::Invalid("the client has closed its stream before everything was sent".to_owned()));
                     };
-                    let Some(WindowUpdate { update }) = message.message() else {
+                    let Some(WindowUpdate { update }) = decode(&message) else {
                         return Err(Error::Invalid("a stream that receives data sends updates of its window only".to_owned()));
                     };
                     granted = granted.saturating_add(i64::from(update.max(0)));
@@ -248,10 +280,9 @@ impl Stream {
                 let most = usize::try_from(granted).unwrap_or(usize::MAX).min(DATA_BYTES);
                 let part = bytes.split_to(most.min(bytes.len()));
                 granted -= i64::try_from(part.len()).unwrap_or(i64::MAX);
-                self.send(to_any(&transfer::Data { data: part.to_vec() })).await?;
+                self.send(to_any(&Data { data: part.to_vec() })).await?;
             }
         }
-        Ok(())
     }
 }
 
@@ -261,28 +292,28 @@ const OPENED: Duration = Duration::from_secs(30);
 const UNUSED: Duration = Duration::from_secs(600);
 /// For the next message of a client: its source may be slow.
 const IDLE: Duration = Duration::from_secs(1800);
-/// On their way, in each direction.
+/// On their way to a client.
 const MESSAGES: usize = 8;
 /// Clients send 32 KiB.
-const MESSAGE_BYTES: usize = 1 << 20;
+const MESSAGE_BYTES: usize = 256 << 10;
 /// As much as containerd sends, and its clients expect.
 const DATA_BYTES: usize = 32 << 10;
 /// What a sender may send before the next update. HTTP/2 bounds what is on its way.
 const WINDOW_BYTES: i32 = 8 << 20;
 /// Not taken by a call.
-const MOST_STREAMS: usize = 1024;
+const MOST_STREAMS: usize = 128;
 const MAX_ID_BYTES: usize = 256;
 
 /// A stream, and its client's ends.
 #[cfg(test)]
-pub(super) type Ends = (Stream, mpsc::Sender<Result<Received>>, mpsc::Receiver<Result<Any, Status>>);
+pub(super) type Ends = (Stream, mpsc::Sender<Result<Any>>, mpsc::Receiver<Result<Any, Status>>);
 
 /// Makes one.
 #[cfg(test)]
 pub(super) fn stream() -> Ends {
     let (client, incoming) = mpsc::channel(MESSAGES);
     let (outgoing, answers) = mpsc::channel(MESSAGES);
-    (Stream { incoming, outgoing }, client, answers)
+    (Stream { incoming: Box::pin(ReceiverStream::new(incoming)), outgoing }, client, answers)
 }
 
 #[cfg(test)]
@@ -314,6 +345,55 @@ mod tests {
         assert_eq!(streams.add(key("more"), stream().0).expect_err("full").code(), tonic::Code::ResourceExhausted);
     }
 
+    /// The body of a request: one message after the other, as often as it is read.
+    struct Endless {
+        first: Option<Any>,
+        read: Arc<std::sync::atomic::AtomicUsize>,
+    }
+
+    impl hyper::body::Body for Endless {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Option<Result<hyper::body::Frame<Bytes>, Status>>> {
+            self.read.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let message = self.first.take().unwrap_or_else(|| to_any(&Data { data: vec![7; DATA_BYTES] }));
+            let message = prost::Message::encode_to_vec(&message);
+            let mut framed = vec![0];
+            framed.extend(u32::try_from(message.len()).expect("short").to_be_bytes());
+            framed.extend(message);
+            Poll::Ready(Some(Ok(hyper::body::Frame::data(framed.into()))))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_read_only_once_a_call_takes_it_and_a_message_at_a_time() {
+        use tonic::codec::Codec as _;
+        let read = Arc::<std::sync::atomic::AtomicUsize>::default();
+        let count = || read.load(std::sync::atomic::Ordering::Relaxed);
+        let body = Endless { first: Some(to_any(&StreamInit { id: "a".to_owned() })), read: Arc::clone(&read) };
+        let decoder = tonic_prost::ProstCodec::<Any, Any>::default().decoder();
+        let mut request = tonic::Request::new(());
+        request.metadata_mut().insert("containerd-namespace", "n".parse().expect("a value"));
+        let streams = Arc::new(Streams::default());
+        let requests = Streaming::new_request(decoder, body, None, None);
+        let _answers = Arc::clone(&streams).stream(Call::of(&request), requests).await.expect("opened");
+        let settle = async || {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        };
+        settle().await;
+        assert_eq!(count(), 1, "no call has taken it");
+        let mut stream = streams.take(&Namespace::parse("n").expect("a name"), "a").expect("it is there");
+        for number in 2..5 {
+            let message = stream.receive().await.expect("a message").expect("a message");
+            assert_eq!(decode::<Data>(&message).expect("data").data.len(), DATA_BYTES);
+            settle().await;
+            assert_eq!(count(), number);
+        }
+    }
+
     #[tokio::test]
     async fn a_sender_is_granted_mibs_at_once_and_never_more_than_it_counts() {
         let (ours, client, mut answers) = stream();
@@ -329,7 +409,7 @@ mod tests {
                 assert!(granted < i64::from(i32::MAX));
             }
             if granted > 0 {
-                client.send(Ok(to_any(&transfer::Data { data: data.to_vec() }).into())).await.expect("it receives");
+                client.send(Ok(to_any(&Data { data: data.to_vec() }))).await.expect("it receives");
                 granted -= DATA_BYTES as i64;
                 sent += DATA_BYTES as i64;
                 assert_eq!(bytes.recv().await.expect("bytes").expect("no error").len(), DATA_BYTES);
@@ -337,7 +417,7 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         }
-        client.send(Ok(to_any(&WindowUpdate { update: 1 }).into())).await.expect("it receives");
+        client.send(Ok(to_any(&WindowUpdate { update: 1 }))).await.expect("it receives");
         assert!(bytes.recv().await.expect("an error").is_err(), "no data");
         receiving.await.expect("no panic");
     }
@@ -350,10 +430,10 @@ mod tests {
         from.send(Bytes::from(vec![7; 100_000])).await.expect("it takes them");
         let (mut got, mut granted) = (0, 0);
         while got < 100_000 {
-            client.send(Ok(to_any(&WindowUpdate { update: 30_000 }).into())).await.expect("it receives");
+            client.send(Ok(to_any(&WindowUpdate { update: 30_000 }))).await.expect("it receives");
             granted += 30_000;
             while got < granted.min(100_000) {
-                let data: transfer::Data = decode(&answers.recv().await.expect("data").expect("no error")).expect("data");
+                let data: Data = decode(&answers.recv().await.expect("data").expect("no error")).expect("data");
                 got += data.data.len();
                 assert!(got <= granted && data.data.len() <= DATA_BYTES);
             }
@@ -361,5 +441,15 @@ mod tests {
         drop(from);
         sending.await.expect("no panic").expect("all is sent");
         assert!(answers.recv().await.is_none(), "it is closed");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_is_noticed_also_when_there_is_nothing_to_send() {
+        let (ours, _client, answers) = stream();
+        let (_from, bytes) = mpsc::channel(1);
+        let sending = tokio::spawn(ours.send_bytes(bytes));
+        drop(answers);
+        let ended = tokio::time::timeout(Duration::from_secs(20), sending).await.expect("it ends").expect("no panic");
+        assert_eq!(ended.expect_err("it was not sent").code(), tonic::Code::Cancelled);
     }
 }

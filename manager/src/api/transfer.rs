@@ -21,9 +21,9 @@ use crate::gate::Gate;
 use crate::images::registry::{Challenge, Credentials, Options, Reference, Registry, Secret};
 use crate::images::{
     Event, Export, Import, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers, UnpackFor, Wanted,
+    Where,
 };
 use crate::name::{self, Namespace};
-use crate::snapshots::Snapshotter;
 
 /// The service.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl TransferService {
         let transfers = &self.transfers;
         match (source, destination) {
             (Side::Registry(registry), Side::Store(store)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.pull(Pull { place, registry, wanted, progress }).await.map(drop)
             }
@@ -112,9 +112,12 @@ impl TransferService {
                 let registry = self.registry(&place.namespace, registry).await?;
                 transfers.push(Push { place, name: store.name, platforms, registry, progress }).await
             }
-            (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(destination)?).await,
+            (Side::Store(source), Side::Store(destination)) => {
+                let wanted = wanted(destination, |name| transfers.snapshotter(name))?;
+                transfers.tag(&place, &source.name, &wanted).await
+            }
             (Side::Import(import), Side::Store(store)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
                 let importing = transfers.import(Import { place, bytes, wanted, compresses: import.force_compress, progress });
@@ -207,21 +210,17 @@ impl Credentials for Asking {
             reference: challenge.reference.to_owned(),
             wwwauthenticate: challenge.headers.to_vec(),
         };
-        let asked = async {
-            // one question at a time
-            let mut place = self.0.lock().await;
-            let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
-            let mut stream = place.take().ok_or_else(unanswered)?;
-            stream.send(to_any(&request)).await?;
-            let answer = stream.receive().await?;
-            *place = Some(stream);
-            Ok::<_, Error>(answer)
-        };
-        let answer = tokio::time::timeout(ANSWERED, asked).await;
-        let answer = answer.map_err(|_elapsed| Error::Precondition(format!("no credentials came within {ANSWERED:?}")))??;
+        // one question at a time
+        let mut place = self.0.lock().await;
+        let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
+        let mut stream = place.take().ok_or_else(unanswered)?;
+        stream.send(to_any(&request)).await?;
+        let answer = stream.receive().await?;
+        *place = Some(stream);
+        drop(place);
         let gone = || Error::Precondition("the client has closed the stream of its credentials".to_owned());
         let answer: AuthResponse =
-            answer.ok_or_else(gone)?.message().ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
+            decode(&answer.ok_or_else(gone)?).ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
         Ok(match answer.auth_type() {
             AuthType::None => None,
             _ if answer.secret.is_empty() => None,
@@ -257,8 +256,12 @@ async fn echo(from: Stream, to: Stream) -> Result<()> {
         }
         Ok(())
     };
-    let ((), pumped, sent) = tokio::join!(from.receive_bytes(send), pump, to.send_bytes(passed));
-    sent.and(pumped)
+    let receive = async move {
+        from.receive_bytes(send).await;
+        Ok(())
+    };
+    // the first error ends both streams
+    tokio::try_join!(receive, pump, to.send_bytes(passed)).map(|_moved| ())
 }
 
 fn platform(wire: &WirePlatform) -> Platform {
@@ -279,12 +282,30 @@ fn names(store: &ImageStore) -> Result<Vec<String>> {
     Ok(own.into_iter().chain(store.extra_references.iter().map(|reference| reference.name.clone())).collect())
 }
 
+/// Reads a request as a transfer does before it begins.
+#[cfg(any(test, fuzzing))]
+pub(super) fn parsed(request: TransferRequest) -> Result<()> {
+    for side in [Side::of(request.source, "source")?, Side::of(request.destination, "destination")?] {
+        match side {
+            Side::Registry(registry) => drop(Reference::parse(&registry.reference)?),
+            Side::Store(store) => {
+                names(&store)?;
+                let wanted = wanted(store, |name| crate::snapshots::Snapshotter::parse(name).map(Where::Own))?;
+                assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
+            }
+            Side::Export(export) => drop(platforms(&export.platforms)),
+            Side::Import(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Refuses more of something than a transfer may name.
 fn bound(what: &str, count: usize) -> Result<()> {
     if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
 }
 
-fn wanted(store: ImageStore) -> Result<Wanted> {
+fn wanted(store: ImageStore, snapshotter_of: impl Fn(&str) -> Result<Where>) -> Result<Wanted> {
     let labels = mask::without_empty(store.labels);
     name::labels(&labels)?;
     bound("platforms", store.platforms.len())?;
@@ -293,7 +314,7 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
     let unpacks = store.unpacks.iter().map(|unpack| {
         let snapshotter = if unpack.snapshotter.is_empty() { "overlayfs" } else { &unpack.snapshotter };
         let platform = unpack.platform.as_ref().map_or_else(Platform::host, platform);
-        Ok(UnpackFor { platform, snapshotter: Snapshotter::parse(snapshotter)? })
+        Ok(UnpackFor { platform, snapshotter: snapshotter_of(snapshotter)? })
     });
     let references = store.extra_references.into_iter().map(|reference| NameRule {
         name: reference.name,
@@ -320,8 +341,6 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
 const CHUNKS: usize = 8;
 /// For what is reported last.
 const LAST_REPORTS: Duration = Duration::from_secs(2);
-/// For a client's credentials: its user may be asked.
-const ANSWERED: Duration = Duration::from_secs(300);
 /// Platforms, names and snapshotters of one transfer.
 const MOST_OPTIONS: usize = 100;
 
@@ -338,19 +357,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_echo_ends_when_one_of_its_clients_leaves() {
+        let ((from, _sender, _updates), (to, _grants, received)) = (stream(), stream());
+        let echoing = tokio::spawn(echo(from, to));
+        drop(received);
+        let ended = tokio::time::timeout(Duration::from_secs(20), echoing).await.expect("it ends").expect("no panic");
+        ended.expect_err("the receiver has left");
+    }
+
+    #[tokio::test]
     async fn a_credential_that_comes_late_goes_to_no_other_host() {
         let answer = AuthResponse { auth_type: AuthType::Credentials.into(), secret: "s".to_owned(), ..AuthResponse::default() };
         let of = |host| Challenge { host, reference: "r", headers: &[] };
         let (in_time, client, _questions) = stream();
         let asking = Asking(Mutex::new(Some(in_time)));
         for host in ["one", "two"] {
-            client.send(Ok(to_any(&answer).into())).await.expect("it receives");
+            client.send(Ok(to_any(&answer))).await.expect("it receives");
             assert!(asking.of(&of(host)).await.expect("an answer").is_some());
         }
         let given_up = tokio::time::timeout(Duration::from_millis(20), asking.of(&of("one"))).await;
         assert!(given_up.is_err(), "there is no answer yet");
         // its end of the stream may be gone
-        let _ = client.send(Ok(to_any(&answer).into())).await;
+        let _ = client.send(Ok(to_any(&answer))).await;
         assert_eq!(asking.of(&of("two")).await.expect_err("it was one's").code(), tonic::Code::FailedPrecondition);
     }
 }

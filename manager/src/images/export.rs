@@ -83,7 +83,7 @@ impl Transfers {
 
     async fn export_under(&self, lease: &Lease, export: &Export) -> Result<()> {
         let Export { bytes, progress, .. } = export;
-        progress.say("Exporting".to_owned());
+        progress.overall("Exporting".to_owned());
         let records = self.records(lease, export).await?;
         let (send, report) = (bytes.clone(), progress.clone());
         let (next, opened) = mpsc::channel(1);
@@ -106,7 +106,7 @@ impl Transfers {
         let (written, opened) = tokio::join!(write, open);
         opened?;
         written??;
-        progress.say("Completed export".to_owned());
+        progress.overall("Completed export".to_owned());
         Ok(())
     }
 

@@ -94,7 +94,7 @@ impl Transfers {
     async fn import_under(self: &Arc<Self>, lease: &Lease, import: Import) -> Result<Vec<String>> {
         let Import { place, bytes, wanted, compresses, progress } = import;
         let namespace = &place.namespace;
-        progress.say("Importing".to_owned());
+        progress.overall("Importing".to_owned());
         let parts = Parts::read(self.archives.clone(), bytes);
         // until the import ends
         let (_goes_on, connection) = watch::channel(());
@@ -120,7 +120,9 @@ impl Transfers {
         if early.is_some() {
             self.finish_early(namespace, lease.id(), &plans, &progress).await;
         }
+        let remote = self.begin_remote(namespace, lease.id(), &plans, "").await?;
         self.unpack(namespace, lease.id(), plans, false, &progress).await?;
+        self.finish_remote(remote, false, &progress).await?;
         let mut images = wanted.whole(&index);
         images.extend(present.iter().flat_map(|entry| wanted.imported(entry)));
         if images.is_empty() {
@@ -139,7 +141,7 @@ impl Transfers {
                 progress.image(word::SAVED, &name, &target);
             }
         }
-        progress.say("Completed import".to_owned());
+        progress.overall("Completed import".to_owned());
         Ok(names)
     }
 

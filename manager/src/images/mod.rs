@@ -16,6 +16,8 @@ mod compress;
 mod document;
 mod export;
 mod fetch;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod import;
 mod lease;
 mod names;
@@ -26,6 +28,7 @@ mod pull;
 mod push;
 mod record;
 pub(crate) mod registry;
+mod remote;
 mod tag;
 mod tree;
 pub(crate) mod unpack;
@@ -38,15 +41,18 @@ use tokio::sync::Semaphore;
 pub(crate) use export::Export;
 pub(crate) use import::Import;
 pub(crate) use lease::Place;
-pub(crate) use names::{NameRule, UnpackFor, Wanted};
+pub(crate) use names::{NameRule, UnpackFor, Wanted, Where};
 pub(crate) use platform::{Platform, Platforms};
 pub(crate) use progress::{Event, Progress, Reader};
 pub(crate) use pull::Pull;
 pub(crate) use push::Push;
+#[cfg(test)]
+pub(crate) use record::tests::image;
 pub(crate) use record::{put, validate};
 pub(crate) use tree::Selection;
 
 use crate::content::{Content, Digest};
+use crate::diff::Differ;
 use crate::error::Error;
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -69,6 +75,8 @@ pub(crate) struct Transfers {
     unpacker: Unpacker,
     /// Unpacks images of archives while they come.
     ahead: Ahead,
+    /// Applies layers to snapshots of other processes.
+    differ: Differ,
     /// Reads blobs.
     pool: Pool,
     /// Reads and writes archives.
@@ -90,6 +98,7 @@ pub(crate) struct Parts {
     pub(crate) collector: Arc<Collector>,
     pub(crate) unpacker: Unpacker,
     pub(crate) ahead: Ahead,
+    pub(crate) differ: Differ,
     pub(crate) pool: Pool,
     pub(crate) archives: Pool,
     pub(crate) settings: TransferSettings,
@@ -98,7 +107,7 @@ pub(crate) struct Parts {
 impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { content, store, events, gate, collector, unpacker, ahead, pool, archives, settings } = parts;
+        let Parts { content, store, events, gate, collector, unpacker, ahead, differ, pool, archives, settings } = parts;
         Self {
             content,
             store,
@@ -107,6 +116,7 @@ impl Transfers {
             collector,
             unpacker,
             ahead,
+            differ,
             pool,
             archives,
             downloads: Semaphore::new(settings.max_concurrent_downloads),

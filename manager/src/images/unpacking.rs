@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Transfers;
 use super::ahead::Connection;
 use super::document::Descriptor;
-use super::names::{UnpackFor, Wanted};
+use super::names::{UnpackFor, Wanted, Where};
 use super::platform::{Platform, Platforms};
 use super::progress::{Progress, word};
 use super::tree::{Manifest, Tree};
@@ -21,7 +21,7 @@ use crate::store::snapshots::Place;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Plan {
     pub(super) manifest: Manifest,
-    pub(super) snapshotter: Snapshotter,
+    pub(super) snapshotter: Where,
 }
 
 impl Transfers {
@@ -40,7 +40,7 @@ impl Transfers {
                 return Err(self.nothing_for(namespace, tree, &unpack.platform).await);
             }
             for manifest in chosen {
-                let plan = Plan { manifest: manifest.clone(), snapshotter: unpack.snapshotter };
+                let plan = Plan { manifest: manifest.clone(), snapshotter: unpack.snapshotter.clone() };
                 if !plans.contains(&plan) {
                     plans.push(plan);
                 }
@@ -61,7 +61,7 @@ impl Transfers {
 
     /// Has layers of an archive's images unpacked while it comes, if that is what will be asked for. It ends with the connection.
     pub(super) fn begins_early(&self, namespace: &Namespace, lease: &str, wanted: &Wanted, connection: Connection) -> Option<Connection> {
-        let is_it = |unpack: &UnpackFor| unpack.snapshotter == Snapshotter::Overlayfs && unpack.platform == Platform::host();
+        let is_it = |unpack: &UnpackFor| unpack.snapshotter == Where::Own(Snapshotter::Overlayfs) && unpack.platform == Platform::host();
         if !wanted.unpacks.iter().any(is_it) {
             return None;
         }
@@ -71,10 +71,10 @@ impl Transfers {
 
     /// Records the layers that were unpacked so. Whatever fails, the unpack that follows does it, and reports why.
     pub(super) async fn finish_early(&self, namespace: &Namespace, lease: &str, plans: &[Plan], progress: &Progress) {
-        for plan in plans.iter().filter(|plan| plan.snapshotter == Snapshotter::Overlayfs) {
+        for plan in plans.iter().filter(|plan| plan.snapshotter == Where::Own(Snapshotter::Overlayfs)) {
             let Ok(image) = super::plan::Plan::read(&self.content, namespace, &plan.manifest.descriptor.digest).await else { continue };
             let Some(top) = image.layers.last() else { continue };
-            let place = Place { namespace: namespace.to_string(), snapshotter: plan.snapshotter.name().to_owned() };
+            let place = Place { namespace: namespace.to_string(), snapshotter: Snapshotter::Overlayfs.name().to_owned() };
             if !self.ahead.finish(&place, &top.chain, Some(lease)).await {
                 continue;
             }
@@ -96,9 +96,11 @@ impl Transfers {
     ) -> Result<()> {
         for plan in plans {
             let manifest = plan.manifest.descriptor.digest.clone();
+            // others are unpacked in their own way
+            let Where::Own(snapshotter) = plan.snapshotter else { continue };
             let image = Unpack {
                 namespace: namespace.clone(),
-                snapshotter: plan.snapshotter,
+                snapshotter,
                 manifest,
                 labels: HashMap::new(),
                 lease: Some(lease.to_owned()),

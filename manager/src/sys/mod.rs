@@ -4,7 +4,7 @@
 
 pub(crate) mod children;
 pub(crate) mod descriptors;
-pub(crate) mod idmap;
 pub(crate) mod memory;
 pub(crate) mod priority;
+pub(crate) mod quota;
 pub(crate) mod writeback;

@@ -26,10 +26,8 @@ use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
-use shim_tests::runner::EXECUTOR;
 use shim_tests::suite::{self, Runtime, Shim, Suite};
-use shim_tests::{image_tools, isolation, upload};
-use tokio::task::LocalSet;
+use shim_tests::{beside, image_tools, isolation, upload};
 
 use image::{Codec, Image, Size};
 use registry::Registry;
@@ -100,14 +98,10 @@ const CASES: &[Case] = &[
 ];
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("images-bench: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    beside::end(PROGRAM, run())
 }
+
+const PROGRAM: &str = "images-bench";
 
 fn run() -> Result<ExitCode> {
     let mut plan = Plan { mib: 1024, layers: 20, rounds: 3, blobs: 10_000, folder: "/var/tmp".into(), only: String::new() };
@@ -130,16 +124,7 @@ fn run() -> Result<ExitCode> {
     }
     if let Some(folder) = one {
         plan.folder = folder;
-        return isolation::run(|| match EXECUTOR.block_on(LocalSet::new().run_until(measure(&plan, with_igzip))) {
-            Ok(figures) => {
-                println!("{figures}");
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                eprintln!("images-bench: {error:#}");
-                ExitCode::FAILURE
-            }
-        });
+        return beside::run(PROGRAM, measure(&plan, with_igzip));
     }
     suite::fetch()?;
     suite::use_manager()?;
@@ -193,21 +178,14 @@ impl Plan {
 
 /// The figures of one daemon.
 fn one(plan: &Plan, folder: &Path, server: Server) -> Result<Value> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--one").arg(folder).args(["--only", &plan.only]);
+    let folder = folder.to_str().context("the folder's name is no text")?;
     // what is no layer is the same with igzip
-    command.args(["--blobs", &if server == Server::WithIgzip { 0 } else { plan.blobs }.to_string()]);
+    let blobs = if server == Server::WithIgzip { 0 } else { plan.blobs }.to_string();
+    let mut arguments = vec!["--one", folder, "--only", &plan.only, "--blobs", &blobs];
     if server == Server::WithIgzip {
-        command.arg("--with-igzip");
+        arguments.push("--with-igzip");
     }
-    match suite::manager().filter(|_| server == Server::Manager) {
-        Some(path) => command.env("X_DAEMON", path),
-        None => command.env_remove("X_DAEMON"),
-    };
-    let output = command.stderr(Io::inherit()).output()?;
-    ensure!(output.status.success(), "a run failed: {}", output.status);
-    let text = String::from_utf8_lossy(&output.stdout);
-    serde_json::from_str(text.lines().last().unwrap_or_default()).with_context(|| format!("figures: {text:?}"))
+    beside::figures(&arguments, suite::manager().filter(|_| server == Server::Manager))
 }
 
 async fn measure(plan: &Plan, with_igzip: bool) -> Result<Value> {
