@@ -100,6 +100,9 @@ impl Drop for Registry {
     }
 }
 
+/// The type of its first record.
+const TLS_HANDSHAKE: u8 = 22;
+
 async fn serve(socket: TcpStream, store: Arc<Store>) {
     let mut socket = BufReader::new(socket);
     // a client that disconnects is no failure of the registry
@@ -107,6 +110,11 @@ async fn serve(socket: TcpStream, store: Arc<Store>) {
 }
 
 async fn one(socket: &mut BufReader<TcpStream>, store: &Store) -> Result<()> {
+    if socket.fill_buf().await?.first() == Some(&TLS_HANDSHAKE) {
+        // as HTTP servers do
+        socket.get_mut().write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await?;
+        anyhow::bail!("TLS on a port without it");
+    }
     let mut line = String::new();
     socket.read_line(&mut line).await?;
     let mut words = line.split_whitespace();
