@@ -346,18 +346,23 @@ pub(crate) async fn upgrades_end_no_import(cx: Context) -> Result<()> {
     let mut importing = std::pin::pin!(importing);
     let mut upgrades = 0;
     let output = loop {
-        tokio::select! {
-            output = &mut importing => break output?,
-            upgraded = upgraded_beside(&cx) => {
+        let mut upgrade = std::pin::pin!(upgraded_beside(&cx));
+        let output = tokio::select! {
+            output = &mut importing => output?,
+            upgraded = &mut upgrade => {
                 upgraded?;
                 upgrades += 1;
+                continue;
             }
-        }
+        };
+        // one that is under way would have the calls below refused, which are not repeated
+        upgrade.await?;
+        break output;
     };
     ensure!(output.status.success(), "after {upgrades} upgrades: {}\n{}", output_text(&output), cx.daemon().log());
     println!("{upgrades} upgrades during an import");
     ensure!(upgrades > 0);
-    // another upgrade may be under way
+    // the first call may be on a connection to the process that was replaced
     eventually("a process serves", SOON, async || Ok(cx.client().version().await?)).await?;
     is_whole(&cx, &image).await
 }
