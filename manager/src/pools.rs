@@ -22,7 +22,7 @@ pub(crate) struct Pools {
     pub(crate) usage: Pool,
     /// Copies of trees, for snapshotters without overlays.
     pub(crate) copies: Pool,
-    /// Layers that are applied or created: each has another thread of its own.
+    /// Layers that are applied or created: each of the former has two more threads of its own.
     pub(crate) layers: Pool,
     /// Layers that are applied while their bytes arrive: they wait for slow clients.
     pub(crate) arriving: Pool,
