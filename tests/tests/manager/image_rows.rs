@@ -18,8 +18,10 @@ use shim_tests::image::{Image, Layer, Node};
 use shim_tests::import::{Fact, Import, delete_image, end_lease};
 use shim_tests::operator::{ctr, output_text, printed, upgrade};
 use shim_tests::power::Disk;
+use shim_tests::registry::Registry;
 use shim_tests::stored::Stored;
 use shim_tests::suite::Suite;
+use shim_tests::transfers::pull;
 use shim_tests::upload::{Upload, commit, info, read, refused, stat, write};
 use tonic::Code;
 
@@ -233,7 +235,7 @@ pub(crate) async fn a_damaged_ingest_begins_again(cx: Context) -> Result<()> {
     Ok(())
 }
 
-/// From no room at all to enough, by half a mebibyte; by an `X_TIMES`-th of that.
+/// From no room at all to enough, by half a mebibyte; by an `X_TIMES`-th of that. Every other one is pulled from a registry by Transfer.
 pub(crate) async fn an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     cx.daemon().stop()?;
@@ -250,13 +252,16 @@ pub(crate) async fn an_import_that_finds_no_room_leaves_nothing_and_can_be_repea
 }
 
 async fn at_each_step(cx: &Context, root: &Path) -> Result<()> {
-    let (client, image, ballast) = (cx.client(), image(103, "full"), root.join("ballast"));
+    let (client, ballast, registry) = (cx.client(), root.join("ballast"), Registry::start(None).await?);
+    let image = Image { name: registry.image("full:1"), ..image(103, "full") };
+    image.publish(&registry);
     let (mut refused, mut step) = (BTreeMap::<String, u32>::new(), 0);
     loop {
         fill(&ballast, step * (512 << 10) / u64::from(shim_tests::times::times()))?;
         let lease = format!("l{step}");
         let begun = Import::begin(client, &image, &lease).await;
         let imported = match &begun {
+            Ok(_) if step % 2 == 1 => pull(client, &image.name).await,
             Ok(import) => import.run(&mut |_fact| {}).await,
             Err(status) => Err(status.clone()),
         };
