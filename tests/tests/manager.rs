@@ -44,6 +44,8 @@ mod sandboxes;
 mod shims;
 #[path = "manager/transfer.rs"]
 mod transfer;
+#[path = "manager/upgrades.rs"]
+mod upgrades;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         sandbox_cases(),
         kill_cases(),
         image_row_cases(),
+        upgrade_cases(),
         power_cases(),
     ]
     .concat();
@@ -148,7 +151,6 @@ fn transfer_cases() -> Vec<Case> {
             streams_are_opened_under_a_name_and_taken_once,
             an_image_that_ten_clients_pull_is_fetched_once,
             a_pull_that_is_cancelled_leaves_nothing,
-            an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
             an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
             odd_images_are_pulled_as_far_as_they_can_be,
             of_an_index_what_is_here_is_exported_and_pushed,
@@ -289,6 +291,15 @@ fn image_row_cases() -> Vec<Case> {
     .into_iter()
     .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
     .collect()
+}
+
+fn upgrade_cases() -> Vec<Case> {
+    cases![upgrades,
+        Scope::Once =>
+            upgrades_under_pulls_and_pushes_are_noticed_by_no_client,
+            upgrades_under_imports_and_exports_are_noticed_by_no_client,
+            an_upgrade_asks_again_for_credentials_and_takes_no_late_answer_for_those,
+    ]
 }
 
 fn power_cases() -> Vec<Case> {

@@ -5,12 +5,14 @@
 //! ```
 //! Messages are those of the `containerd-client` crate. **Invariant:** a service checks what it is given before it changes anything.
 
+mod asking;
 mod authority;
 mod body;
 mod call;
 mod calls;
 mod containers;
 mod content;
+mod contents;
 mod diff;
 mod events;
 mod health;
@@ -20,7 +22,6 @@ mod leases;
 mod mask;
 mod mounts;
 mod namespaces;
-mod relay;
 mod route;
 mod sandbox_controller;
 mod sandboxes;
