@@ -15,7 +15,7 @@ use crate::error::{Error, IoContext as _, Result};
 use crate::spec::{self, ProcessWish, Wish};
 use crate::stdio::{self, Folders};
 use crate::users::{self, User};
-use crate::{containers, image, parse, temporary_mount};
+use crate::{containers, image, parse, temporary_mount, transfer};
 
 /// Options of a container.
 #[derive(Debug, Clone, Args)]
@@ -83,6 +83,12 @@ pub(crate) struct Options {
     /// Shim
     #[arg(long, value_name = "NAME", default_value = RUNTIME)]
     runtime: String,
+    /// Whether to pull the image first; a registry that needs a login is for `xctl pull`
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pull: When,
+    /// Pull over HTTP without TLS
+    #[arg(long)]
+    plain_http: bool,
     /// Snapshotter that the image is unpacked in
     #[arg(long, value_name = "NAME", default_value = "overlayfs")]
     snapshotter: String,
@@ -102,6 +108,18 @@ enum Network {
     /// One of its own, with nothing but a loopback device
     #[default]
     None,
+}
+
+/// When the image is pulled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+enum When {
+    /// If it is not in the daemon's store
+    #[default]
+    Missing,
+    /// Each time, so that it is the registry's newest
+    Always,
+    /// Not at all
+    Never,
 }
 
 /// The base of a container's root file system, and what goes with it.
@@ -154,6 +172,14 @@ async fn base(client: &Client, options: &Options) -> Result<Base> {
     let Some((name, command)) = options.words.split_first() else {
         return Err(Error::refused("no image given; name one, or a root file system on disk with --rootfs FOLDER"));
     };
+    let pulls = match options.pull {
+        When::Missing => image::lookup(client, name).await?.is_none(),
+        When::Always => true,
+        When::Never => false,
+    };
+    if pulls {
+        transfer::pull_for_run(client, &image::full_name(name), &options.snapshotter, options.plain_http).await?;
+    }
     Ok(Base { image: Some(image::find(client, name, &options.snapshotter).await?), command: command.to_vec() })
 }
 

@@ -73,12 +73,27 @@ pub(crate) async fn find(client: &Client, text: &str, snapshotter: &str) -> Resu
 
 /// The record of an image, by the name as it is given or as Docker would complete it.
 pub(crate) async fn get(client: &Client, text: &str) -> Result<Image> {
+    lookup(client, text).await?.ok_or_else(|| {
+        Error::refused(format!(
+            "there is no image {full} in namespace {namespace}; `xctl --namespace {namespace} pull {full}` fetches it, `xctl images` lists those that \
+             there are",
+            full = full_name(text),
+            namespace = client.namespace()
+        ))
+    })
+}
+
+/// The same, if there is one.
+pub(crate) async fn lookup(client: &Client, text: &str) -> Result<Option<Image>> {
     let full = full_name(text);
     let names = if full == text { vec![full.as_str()] } else { vec![full.as_str(), text] };
     for name in &names {
         let request = client.request(GetImageRequest { name: (*name).to_owned() });
         match call(format!("get image {name}"), client.images().get(request)).await {
-            Ok(answer) => return answer.image.ok_or_else(|| Error::unreadable(format!("image {name}"), "the answer has no image")),
+            Ok(answer) => {
+                let image = answer.image.ok_or_else(|| Error::unreadable(format!("image {name}"), "the answer has no image"))?;
+                return Ok(Some(image));
+            }
             Err(error) if error.code() == Some(Code::NotFound) => {}
             Err(error) if error.code() == Some(Code::Unimplemented) => {
                 return Err(Error::refused(format!(
@@ -88,10 +103,7 @@ pub(crate) async fn get(client: &Client, text: &str) -> Result<Image> {
             Err(error) => return Err(error),
         }
     }
-    Err(Error::refused(format!(
-        "there is no image {full} in namespace {namespace}; `xctl --namespace {namespace} pull {full}` fetches it, `xctl images` lists those that there are",
-        namespace = client.namespace()
-    )))
+    Ok(None)
 }
 
 /// From the target of an image, through an index if it is one, to the manifest for this machine.

@@ -29,7 +29,7 @@ use crate::progress::Progress;
 use crate::{create, image, output};
 
 /// How a registry is spoken to.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 struct Registry {
     /// User name at the registry; the password is read from standard input, or from the variable XCTL_PASSWORD
     #[arg(short, long, value_name = "NAME")]
@@ -65,21 +65,30 @@ pub(crate) struct PushArgs {
     destination: Option<String>,
 }
 
-/// Fetches an image, and unpacks it.
+/// Fetches an image, unpacks it, and prints its name.
 pub(crate) async fn pull(client: &Client, args: PullArgs) -> Result<u8> {
     let name = image::full_name(&args.image);
-    let platform = image::this_machine();
-    let store = ImageStore {
-        name: name.clone(),
-        platforms: vec![platform.clone()],
-        unpacks: vec![UnpackConfiguration { platform: Some(platform), snapshotter: args.snapshotter.clone() }],
-        ..ImageStore::default()
-    };
-    let (registry, secret) = registry(client, &name, &args.registry).await?;
-    let pull = Transfer { doing: format!("pull {name}"), source: to_any(&registry), destination: to_any(&store) };
-    pull.run(client, Beside::Secret(secret)).await?;
+    fetch(client, &name, &args.snapshotter, &args.registry).await?;
     output::print(&format!("{name}\n"))?;
     Ok(0)
+}
+
+/// The same for a registry that needs no login, without a word on standard output.
+pub(crate) async fn pull_for_run(client: &Client, name: &str, snapshotter: &str, plain_http: bool) -> Result<()> {
+    fetch(client, name, snapshotter, &Registry { plain_http, ..Registry::default() }).await
+}
+
+async fn fetch(client: &Client, name: &str, snapshotter: &str, registry_args: &Registry) -> Result<()> {
+    let platform = image::this_machine();
+    let store = ImageStore {
+        name: name.to_owned(),
+        platforms: vec![platform.clone()],
+        unpacks: vec![UnpackConfiguration { platform: Some(platform), snapshotter: snapshotter.to_owned() }],
+        ..ImageStore::default()
+    };
+    let (registry, secret) = registry(client, name, registry_args).await?;
+    let pull = Transfer { doing: format!("pull {name}"), source: to_any(&registry), destination: to_any(&store) };
+    pull.run(client, Beside::Secret(secret)).await.map(drop)
 }
 
 /// Sends an image.

@@ -241,9 +241,25 @@ pub(crate) async fn an_image_is_pushed_and_pulled(cx: Context) -> Result<()> {
         ensure!(output.status.success() && output_text(&output).contains(" a second"), "{output:?}");
         // a layer that another namespace has is not fetched again
         ensure!(registry.requests().iter().any(|request| request.starts_with("GET /v2/app/manifests/")), "{:?}", registry.requests());
-        let mut command = xctl.command(&["run", "--rm"]);
-        let output = command.args(xctl.place()).args([&name, "echo of $FROM"]).output()?;
+        let run = |flags: &[&str]| {
+            xctl.command(&[&["run", "--rm", "--plain-http"], flags].concat()).args(xctl.place()).args([&name, "echo of $FROM"]).output()
+        };
+        let output = run(&[])?;
         ensure!(output.stdout == b"of image\n", "{output:?}");
+        if password.is_none() {
+            xctl.prints(&["rmi", &name])?;
+            let output = run(&["--pull", "never"])?;
+            ensure!(output.status.code() == Some(125) && output_text(&output).contains("there is no image"), "{output:?}");
+            let asked = registry.requests().len();
+            let output = run(&[])?;
+            ensure!(output.stdout == b"of image\n" && registry.requests().len() > asked, "an image that is missing is pulled: {output:?}");
+            let asked = registry.requests().len();
+            ensure!(run(&[])?.stdout == b"of image\n" && registry.requests().len() == asked, "it is there");
+            ensure!(
+                run(&["--pull", "always"])?.stdout == b"of image\n" && registry.requests().len() > asked,
+                "the registry may have a newer one"
+            );
+        }
         let (status, text) = xctl.fails(&["pull", "--plain-http", &registry.image("none:1")])?;
         ensure!(status == 1 && text.contains("none:1"), "{text}");
         xctl.prints(&["tag", &name, "local:1"])?;
