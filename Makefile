@@ -17,7 +17,7 @@ X_REVISION := $(X_REVISION)
 export X_REVISION
 
 .PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-power test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-tools clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-docker bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -76,6 +76,14 @@ test-power: packages suites build-shim build-debug
 	X_TIMES=4 X_CUTS=$(CUTS) $(POWER) --nocapture power::
 	X_KILLS=$(KILLS) $(POWER) --nocapture image_kills::
 	X_TIMES=8 $(POWER) --nocapture an_import_that_finds_no_room
+
+## snapshots that are bounded by quotas of projects, on an ext4 in an emulated guest: this host's kernel may know no quotas
+test-quota: packages
+	set -e; tests=$$($(CARGO) test --locked --no-run --package x-manager --bin x-manager --message-format json | sed -n 's,.*"executable":"\([^"]*/x_manager-[^"]*\)".*,\1,p'); \
+	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; strip -o "$$work/x-manager-tests" "$$tests"; \
+	truncate -s 128M "$$work/disk"; mkfs.ext4 -q -F -O project,quota -E quotatype=prjquota "$$work/disk"; \
+	X_VM_MIB=1536 tests/tools/cgroup2-vm --disk "$$work/disk" --with "$$work/x-manager-tests" /bin/sh -c \
+		"mkdir /disk && mount -t ext4 -o prjquota /dev/vda /disk && TMPDIR=/disk $$work/x-manager-tests --nocapture snapshots::tests::a_bounded_snapshot snapshots::tests::a_snapshot_that_cannot"
 
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
 test-systemd: suites build build-faulty
@@ -140,7 +148,7 @@ soak: packages suites build
 ## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; failing inputs are in fuzz/artifacts, new interesting ones
 ## in fuzz/found. Unit tests replay fuzz/corpus, with mutations, in `test`. No sanitizer, so no nightly compiler: no parser has unsafe code.
 FUZZ_SECONDS ?= 300
-FUZZ_TARGETS := frame bootstrap options config journal handover engine tar registry
+FUZZ_TARGETS := frame bootstrap options config journal handover engine tar registry hosts image stream write
 CARGO_FUZZ_VERSION := 0.13.2
 fuzz:
 	$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz@$(CARGO_FUZZ_VERSION)
@@ -234,6 +242,15 @@ bench-images: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin images-bench -- \
 		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-images.md.new
 	mv docs/bench-images.md.new docs/bench-images.md
+
+## Docker 28 with its image store on containerd 2.1 and on x-manager, in turns, into docs/bench-docker.md: time of pull, save, load and run, and memory and CPU
+## time of the daemon below. Images are of X_BENCH_MIB MiB in 10 layers, in X_BENCH_FOLDER. The machine should do nothing else
+bench-docker: X_BENCH_MIB ?= 512
+bench-docker: X_BENCH_FOLDER ?= /var/tmp
+bench-docker: packages suites build bench-tools
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin docker-bench -- \
+		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-docker.md.new
+	mv docs/bench-docker.md.new docs/bench-docker.md
 
 BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench --
 

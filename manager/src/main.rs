@@ -9,10 +9,13 @@ mod content;
 mod control;
 mod daemon;
 mod diff;
+mod duration;
 mod error;
 mod events;
 mod filter;
 mod forward;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gate;
 mod gc;
 mod guarded;

@@ -85,7 +85,7 @@ impl Parts {
         };
         let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
         let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
-        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.bundles.clone(), gate.clone());
+        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.mounts.clone(), gate.clone());
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
@@ -104,6 +104,7 @@ impl Parts {
             gate: gate.clone(),
             collector: Arc::clone(&collector),
             unpacker,
+            differ: differ.clone(),
             pool: pools.content.clone(),
             archives: pools.archives.clone(),
             settings: settings.transfer.clone(),

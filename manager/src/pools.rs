@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 pub(crate) struct Pools {
     /// Bundles and what is mounted in them.
     pub(crate) bundles: Pool,
+    /// Mounts that are made for clients: a server that does not answer may keep all of them.
+    pub(crate) mounts: Pool,
     /// Files of snapshots, for which calls wait.
     pub(crate) snapshots: Pool,
     /// Sizes of trees that are in use.
@@ -40,6 +42,7 @@ impl Default for Pools {
     fn default() -> Self {
         Self {
             bundles: Pool::new("bundles", BUNDLES),
+            mounts: Pool::new("mounts", MOUNTS),
             snapshots: Pool::new("snapshots", SNAPSHOTS),
             usage: Pool::new("usage", USAGE),
             copies: Pool::new("copies", COPIES),
@@ -56,9 +59,10 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 11] {
+    pub(crate) fn all(&self) -> [&Pool; 12] {
         [
             &self.bundles,
+            &self.mounts,
             &self.archives,
             &self.content,
             &self.snapshots,
@@ -152,6 +156,7 @@ impl Drop for Counted {
 }
 
 const BUNDLES: usize = 13;
+const MOUNTS: usize = 4;
 const SNAPSHOTS: usize = 4;
 const USAGE: usize = 2;
 const COPIES: usize = 2;
@@ -168,8 +173,19 @@ const EVENT_FILTERS: usize = 1;
 /// Long reads of the store: one collection at a time.
 const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize =
-    BUNDLES + CONTENT + ARCHIVES + SNAPSHOTS + USAGE + COPIES + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
+pub(crate) const THREADS: usize = BUNDLES
+    + MOUNTS
+    + CONTENT
+    + ARCHIVES
+    + SNAPSHOTS
+    + USAGE
+    + COPIES
+    + LAYERS
+    + ARRIVING
+    + REMOVAL
+    + LIST_FILTERS
+    + EVENT_FILTERS
+    + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -1,7 +1,7 @@
 //! Fuzz targets: every parser of outside bytes, with a property that holds for any bytes: no panic, and the one its function documents.
 //!
 //! The targets in `fuzz/` drive these by coverage; the tests replay `fuzz/corpus` and mutations of it, the same in every run.
-//! `X_FUZZ_ROUNDS` sets the number of inputs for each, 20,000 by default; `X_SEED` selects them.
+//! `X_FUZZ_ROUNDS` sets the number of inputs for each; `X_SEED` selects them.
 use std::path::Path;
 
 use containerd_shim_protos::protobuf::Message as _;
@@ -86,103 +86,39 @@ pub fn handover(bytes: &[u8]) {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::fs;
-    use std::path::Path;
+mod tests {
+    use scratch::corpus::{corpus, each};
 
-    /// Numbers that are lengths, counts and limits where parsers go wrong.
-    const NUMBERS: [u32; 10] = [0, 1, 0x7f, 0x80, 0xff, 0xffff, 4 << 20, (4 << 20) + 1, 0x7fff_ffff, u32::MAX];
+    /// Of each corpus.
+    const ROUNDS: u64 = 20_000;
 
     #[test]
     fn no_bytes_make_the_relay_panic_and_what_it_finds_is_what_the_full_parser_finds() {
-        each(&corpus("frame"), super::frame);
+        each(&corpus("frame"), ROUNDS, super::frame);
     }
 
     #[test]
     fn no_bytes_on_standard_input_make_start_panic() {
-        each(&corpus("bootstrap"), super::bootstrap);
+        each(&corpus("bootstrap"), ROUNDS, super::bootstrap);
     }
 
     #[test]
     fn no_bytes_in_options_make_their_reader_panic() {
-        each(&corpus("options"), super::options);
+        each(&corpus("options"), ROUNDS, super::options);
     }
 
     #[test]
     fn no_bytes_in_a_configuration_make_its_reader_panic() {
-        each(&corpus("config"), super::config);
+        each(&corpus("config"), ROUNDS, super::config);
     }
 
     #[test]
     fn no_bytes_in_a_journal_make_its_reader_panic() {
-        each(&corpus("journal"), super::journal);
+        each(&corpus("journal"), ROUNDS, super::journal);
     }
 
     #[test]
     fn no_bytes_on_a_socket_make_keeper_or_worker_panic_and_what_is_read_can_be_written_and_read_again() {
-        each(&corpus("handover"), super::handover);
-    }
-
-    /// The corpus of a target of `fuzz/`: valid inputs, and those that once failed.
-    fn corpus(target: &str) -> Vec<Vec<u8>> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
-        let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("read {}: {error}", folder.display()));
-        let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
-        paths.sort();
-        assert!(!paths.is_empty(), "nothing in {}", folder.display());
-        paths.iter().map(|path| fs::read(path).expect("a file")).collect()
-    }
-
-    /// Calls `parse` with each of `corpus`, and with mutations of them.
-    pub(crate) fn each(corpus: &[Vec<u8>], mut parse: impl FnMut(&[u8])) {
-        let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
-        let mut dice = Dice(number("X_SEED", 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        corpus.iter().for_each(|bytes| parse(bytes));
-        for _ in 0..number("X_FUZZ_ROUNDS", 20_000) {
-            let mut bytes = corpus[dice.below(corpus.len())].clone();
-            for _ in 0..1 + dice.below(4) {
-                mutate(&mut bytes, corpus, &mut dice);
-            }
-            parse(&bytes);
-        }
-    }
-
-    fn mutate(bytes: &mut Vec<u8>, corpus: &[Vec<u8>], dice: &mut Dice) {
-        let at = dice.below(bytes.len() + 1);
-        let end = at + dice.below(bytes.len() + 1 - at);
-        match dice.below(8) {
-            0 => bytes.truncate(at),
-            1 => drop(bytes.drain(at..end)),
-            2 => bytes.insert(at, dice.below(256) as u8),
-            3 => {
-                let part = bytes[at..end].to_vec();
-                bytes.splice(at..at, part);
-            }
-            4 => {
-                let other = &corpus[dice.below(corpus.len())];
-                let from = dice.below(other.len() + 1);
-                bytes.splice(at..end, other[from..].iter().copied());
-            }
-            5 => {
-                let number = NUMBERS[dice.below(NUMBERS.len())];
-                let number = if dice.below(2) == 0 { number.to_be_bytes() } else { number.to_le_bytes() };
-                bytes.splice(at..bytes.len().min(at + 4), number);
-            }
-            _ if at < bytes.len() => bytes[at] ^= 1 << dice.below(8),
-            _ => bytes.push(0xff),
-        }
-        // parsers are bounded, and so is this
-        bytes.truncate(1 << 16);
-    }
-
-    struct Dice(u64);
-
-    impl Dice {
-        fn below(&mut self, limit: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 >> 11) as usize % limit
-        }
+        each(&corpus("handover"), ROUNDS, super::handover);
     }
 }

@@ -167,7 +167,7 @@ mod tests {
         let whole = std::fs::read(&path).expect("its bytes");
         let contents = read(&path).expect("a journal");
         assert_eq!(contents.exit, Some(exit));
-        crate::fuzz::tests::each(std::slice::from_ref(&whole), |bytes| {
+        scratch::corpus::each(std::slice::from_ref(&whole), 20_000, |bytes| {
             let Ok(found) = parse(bytes) else { return };
             // a 32-bit sum does not match by accident
             assert!(found.exit.is_none_or(|found| found == exit), "{found:?}");

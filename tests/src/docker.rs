@@ -3,8 +3,9 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -95,10 +96,8 @@ impl Docker {
             runtimes[NATIVE] = with(Runtime::Native);
         }
         config["runtimes"] = runtimes;
-        if version.has_native(&cx) && config.get("features").is_some() {
-            // those that a build makes have no other
-            config["default-runtime"] = NATIVE.into();
-        }
+        // containers that a build makes have no other
+        config["default-runtime"] = if version.has_native(&cx) { NATIVE } else { "with-crun" }.into();
         fs::write(folder.join("daemon.json"), config.to_string())?;
         let docker = Self { version, cx, folder, process: Mutex::new(None) };
         docker.revive().await?;
@@ -107,6 +106,20 @@ impl Docker {
         ensure!(status.success(), "tar: {status}");
         docker.run(&["import", &archive.display().to_string(), IMAGE])?;
         Ok(docker)
+    }
+
+    /// Gives the client its plugin for BuildKit, which is `docker buildx`.
+    pub fn add_buildx(&self) -> Result<()> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/fetch-buildx");
+        let status = Command::new(&script).status().with_context(|| format!("run {}", script.display()))?;
+        ensure!(status.success(), "{} failed: {status}", script.display());
+        let plugins = self.folder.join("cli-plugins");
+        fs::create_dir_all(&plugins)?;
+        let plugin = plugins.join("docker-buildx");
+        if !plugin.exists() {
+            symlink(suite::cache().join("buildx/bin/docker-buildx"), plugin)?;
+        }
+        Ok(())
     }
 
     /// The surroundings, with the containerd below.

@@ -48,6 +48,7 @@
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 
 pub mod audit;
+pub mod beside;
 pub mod builds;
 pub mod bundle;
 pub mod cgroups;

@@ -1,6 +1,8 @@
 //! The conformance suite on our shim, without known deviations; checks of the suite itself (every clause has a case, faults are detected); its tool.
 //! Needs root. `X_SHIM` names the shim's binary.
 
+#[path = "conformance/links.rs"]
+mod links;
 #[path = "conformance/tool.rs"]
 mod tool;
 
@@ -55,7 +57,7 @@ fn subject(shim: PathBuf, runtime: Runtime) -> Subject {
 
 fn about_the_document() -> Vec<Trial> {
     type Test = (&'static str, fn() -> Result<()>);
-    let tests: [Test; 8] = [
+    let tests: [Test; 10] = [
         ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
         ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
         ("document::the_documented_table_of_calls_is_the_tested_one", the_documented_table_of_calls_is_the_tested_one),
@@ -67,6 +69,11 @@ fn about_the_document() -> Vec<Trial> {
             what_goes_wrong_in_the_field_is_reproduced,
         ),
         ("document::what_goes_wrong_with_images_is_reproduced_by_tests_that_there_are", what_goes_wrong_with_images_is_reproduced),
+        (
+            "document::every_link_leads_to_a_file_and_a_heading_that_there_are",
+            links::every_link_leads_to_a_file_and_a_heading_that_there_are,
+        ),
+        ("document::the_readme_leads_to_every_document", links::the_readme_leads_to_every_document),
     ];
     tests.into_iter().map(|(name, test)| Trial::test(name, move || test().map_err(failed))).collect()
 }

@@ -112,6 +112,8 @@ fn proxy_cases() -> Vec<Case> {
     cases![proxies,
         Scope::Once =>
             a_snapshotter_of_another_process_is_used_like_ones_own,
+            layers_that_a_proxy_has_by_itself_are_neither_fetched_nor_unpacked,
+            a_transfer_unpacks_with_a_snapshotter_of_another_process,
             a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_else,
     ]
 }
@@ -150,6 +152,8 @@ fn transfer_cases() -> Vec<Case> {
         Scope::Once =>
             streams_are_opened_under_a_name_and_taken_once,
             an_image_that_ten_clients_pull_is_fetched_once,
+            a_registry_that_is_slow_holds_up_no_other,
+            a_layer_that_waits_for_its_turn_has_no_file_open,
             a_pull_that_is_cancelled_leaves_nothing,
             an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
             odd_images_are_pulled_as_far_as_they_can_be,

@@ -51,6 +51,7 @@ fn lifecycle_cases() -> Vec<Case> {
     cases![lifecycle,
         Scope::Once =>
             a_detached_container_writes_its_log_without_a_daemon,
+            a_log_that_is_cut_goes_on_at_its_start,
             a_container_is_listed_inspected_started_again_and_removed,
             stop_is_a_signal_and_then_a_kill,
             exec_runs_beside_the_program,

@@ -1,7 +1,5 @@
 //! Credentials for a registry, asked of the daemon's client over a stream.
 
-use std::time::Duration;
-
 use async_trait::async_trait;
 use containerd_client::to_any;
 use containerd_client::types::transfer::{AuthRequest, AuthResponse, AuthType};
@@ -45,20 +43,16 @@ impl Credentials for Asking {
             reference: challenge.reference.to_owned(),
             wwwauthenticate: challenge.headers.to_vec(),
         };
-        let asked = async {
-            // one question at a time
-            let mut asked = self.0.lock().await;
-            let Asked { stream: Some(stream), is_open: is_open @ false } = &mut *asked else {
-                return Err(Error::Precondition("a question for credentials was not answered".to_owned()));
-            };
-            stream.send(to_any(&request)).await?;
-            *is_open = true;
-            let answer = stream.receive().await?;
-            *is_open = false;
-            Ok(answer)
+        // one question at a time
+        let mut asked = self.0.lock().await;
+        let Asked { stream: Some(stream), is_open: is_open @ false } = &mut *asked else {
+            return Err(Error::Precondition("a question for credentials was not answered".to_owned()));
         };
-        let answer = tokio::time::timeout(ANSWERED, asked).await;
-        let answer = answer.map_err(|_elapsed| Error::Precondition(format!("no credentials came within {ANSWERED:?}")))??;
+        stream.send(to_any(&request)).await?;
+        *is_open = true;
+        let answer = stream.receive().await?;
+        *is_open = false;
+        drop(asked);
         let gone = || Error::Precondition("the client has closed the stream of its credentials".to_owned());
         let answer: AuthResponse =
             decode(&answer.ok_or_else(gone)?).ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
@@ -72,11 +66,10 @@ impl Credentials for Asking {
     }
 }
 
-/// For a client's credentials: its user may be asked.
-const ANSWERED: Duration = Duration::from_secs(300);
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::api::streaming::stream;
 

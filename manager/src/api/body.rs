@@ -38,6 +38,12 @@ impl Budget {
     fn of(&self, bytes: usize) -> Arc<Semaphore> {
         Arc::clone(if bytes <= SHORT_BYTES { &self.short } else { &self.long })
     }
+
+    /// Whether no request holds any of it.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_free(&self) -> bool {
+        (self.short.available_permits(), self.long.available_permits()) == (SHORT_BUDGET_BYTES, LONG_BUDGET_BYTES)
+    }
 }
 
 /// What one request holds of it, once its length is known, for as long as there is a copy of this.

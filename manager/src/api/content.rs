@@ -107,7 +107,7 @@ impl ContentService {
         Ok(())
     }
 
-    /// A slow client holds one block, and one that is on its way.
+    /// A slow client holds one block, and one that is on its way. What is one block is answered without a task.
     pub(super) async fn read(
         self: Arc<Self>,
         call: Call,
@@ -115,16 +115,23 @@ impl ContentService {
     ) -> Result<impl Stream<Item = Result<ReadContentResponse, Status>>> {
         let digest = Digest::parse(&request.digest)?;
         let namespace = call.namespace()?;
-        let blob = self.content.read(&namespace, &digest).await?;
-        self.ahead.seen(&namespace, call.lease().as_deref(), call.connection(), &digest);
         let begin = u64::try_from(request.offset).unwrap_or_default();
+        let most = u64::try_from(request.size).ok().filter(|size| *size > 0);
+        let at_first = most.and_then(|most| usize::try_from(most).ok()).map_or(READ_BYTES, |most| most.min(READ_BYTES));
+        let (blob, first) = self.content.read_from(&namespace, &digest, begin, at_first).await?;
+        self.ahead.seen(&namespace, call.lease().as_deref(), call.connection(), &digest);
         let left = blob.size.checked_sub(begin);
         let left = left.ok_or_else(|| Error::OutOfRange(format!("read past object length {} bytes", blob.size)))?;
-        let length = u64::try_from(request.size).ok().filter(|size| *size > 0).map_or(left, |size| size.min(left));
+        let length = most.map_or(left, |most| most.min(left));
         let (send, blocks) = mpsc::channel(1);
+        let mut done = first.len() as u64;
+        let first = (!first.is_empty()).then_some(Ok(ReadContentResponse { offset: 0, data: first }));
+        let answered = tokio_stream::iter(first).chain(ReceiverStream::new(blocks));
+        if done == length {
+            return Ok(answered);
+        }
         tokio::spawn(async move {
             let _stream = self.gate.stream();
-            let mut done = 0;
             while done < length {
                 let Ok(place) = send.reserve().await else { return };
                 let bytes = usize::try_from(length - done).unwrap_or(usize::MAX).min(READ_BYTES);
@@ -141,7 +148,7 @@ impl ContentService {
                 }
             }
         });
-        Ok(ReceiverStream::new(blocks))
+        Ok(answered)
     }
 
     pub(super) async fn status(self: Arc<Self>, call: Call, request: StatusRequest) -> Result<StatusResponse> {

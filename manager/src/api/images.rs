@@ -166,19 +166,8 @@ fn apply(image: &mut Image, new: &Image, paths: Option<&[String]>) -> Result<()>
 
 #[cfg(test)]
 mod tests {
-    use containerd_client::types::Descriptor;
-
     use super::*;
-
-    fn image() -> Image {
-        let target = Descriptor {
-            digest: format!("sha256:{}", "0f".repeat(32)),
-            size: 7,
-            media_type: "application/vnd.oci.image.index.v1+json".to_owned(),
-            annotations: [("a".to_owned(), "1".to_owned())].into(),
-        };
-        Image { name: "i".to_owned(), labels: [("a".to_owned(), "1".to_owned())].into(), target: Some(target), ..Image::default() }
-    }
+    use crate::images::image;
 
     #[test]
     fn an_update_changes_what_its_mask_names_and_nothing_else() {

@@ -15,6 +15,8 @@ mod content;
 mod contents;
 mod diff;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod health;
 mod images;
 mod introspection;

@@ -127,7 +127,7 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Checkpoint" => incoming.carry(&s.tasks, TaskService::checkpoint).await,
             "Update" => incoming.carry(&s.tasks, TaskService::update).await,
             "Metrics" => incoming.look(&s.tasks, TaskService::metrics).await,
-            "Wait" => incoming.park(&s.tasks, TaskService::wait).await,
+            "Wait" => park(incoming.leaving.clone(), incoming.look(&s.tasks, TaskService::wait)).await,
             _ => unknown(path),
         },
         "containerd.services.sandbox.v1.Store" => match method {
@@ -143,7 +143,7 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Start" => incoming.carry(&s.sandbox_controller, SandboxController::start).await,
             "Platform" => incoming.look(&s.sandbox_controller, SandboxController::platform).await,
             "Stop" => incoming.carry(&s.sandbox_controller, SandboxController::stop).await,
-            "Wait" => incoming.park(&s.sandbox_controller, SandboxController::wait).await,
+            "Wait" => park(incoming.leaving.clone(), incoming.look(&s.sandbox_controller, SandboxController::wait)).await,
             "Status" => incoming.look(&s.sandbox_controller, SandboxController::status).await,
             "Shutdown" => incoming.carry(&s.sandbox_controller, SandboxController::shutdown).await,
             "Metrics" => incoming.look(&s.sandbox_controller, SandboxController::metrics).await,
@@ -188,9 +188,9 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
         },
         "containerd.services.diff.v1.Diff" => match method {
             // they end with their client. A client repeats a refused call once, and a long one may outlast two upgrades: files are all that it needs
-            "Apply" => incoming.outlast(&s.diff, DiffService::apply).await,
+            "Apply" => outlast(&incoming.gate.clone(), incoming.look(&s.diff, DiffService::apply)).await,
             // repeated after an upgrade, it gives the same
-            "Diff" => incoming.park(&s.diff, DiffService::diff).await,
+            "Diff" => park(incoming.leaving.clone(), incoming.look(&s.diff, DiffService::diff)).await,
             _ => unknown(path),
         },
         "containerd.services.mounts.v1.Mounts" => match method {
@@ -274,36 +274,6 @@ impl Incoming {
     {
         let service = Arc::clone(service);
         Ok(grpc().unary(Handler { service, handler, finish: bounded::<A, F> }, self.request).await)
-    }
-
-    /// The same for one that may last as long as a container.
-    async fn park<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
-    where
-        S: Send + Sync + 'static,
-        Q: Message + Default + 'static,
-        A: Message + Default + 'static,
-        H: FnMut(Arc<S>, Call, Q) -> F,
-        F: Future<Output = Result<A>> + Send + 'static,
-    {
-        let leaving = self.leaving.clone();
-        tokio::select! {
-            biased;
-            answer = self.look(service, handler) => answer,
-            refused = refused(leaving) => Err(refused),
-        }
-    }
-
-    /// The same for one that goes on when another process has taken over: it changes nothing of the store.
-    async fn outlast<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
-    where
-        S: Send + Sync + 'static,
-        Q: Message + Default + 'static,
-        A: Message + Default + 'static,
-        H: FnMut(Arc<S>, Call, Q) -> F,
-        F: Future<Output = Result<A>> + Send + 'static,
-    {
-        let _open = self.gate.stream();
-        self.look(service, handler).await
     }
 
     /// A call that is one step: it changes the store, and waits for nothing else.
@@ -426,6 +396,21 @@ impl Incoming {
             Err(_retired) => Err(refused(self.leaving).await),
         }
     }
+}
+
+/// A call that ends with its client and may last as long as a container: it ends with this process' service, too.
+async fn park(leaving: Leaving, answer: impl Future<Output = Answer>) -> Answer {
+    tokio::select! {
+        biased;
+        answer = answer => answer,
+        refused = refused(leaving) => Err(refused),
+    }
+}
+
+/// A call that ends with its client and goes on when another process has taken over: it changes nothing of the store.
+async fn outlast(gate: &Gate, answer: impl Future<Output = Answer>) -> Answer {
+    let _open = gate.stream();
+    answer.await
 }
 
 /// Refuses an answer that no client takes.

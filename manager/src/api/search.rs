@@ -303,6 +303,7 @@ mod tests {
         println!("{count} notes meanwhile, the longest took {longest:?}");
         let error = searching.await.expect("no panic").expect_err("too slow");
         assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{}", error.chain());
-        assert!(longest < Duration::from_secs(3), "{longest:?}");
+        // one that the filters delay takes as long as they may; a disk that stalls delays one or another, too
+        assert!(count > 10, "{count} notes in {FILTERING:?}, the longest took {longest:?}");
     }
 }

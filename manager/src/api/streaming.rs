@@ -6,7 +6,8 @@
 //! ```
 //! When another process takes over, streams that nothing has taken are connected with streams of their names there.
 //!
-//! **Invariant:** a stream is taken once. What one holds is bounded: a few messages, each as long as a client of these streams sends at most.
+//! **Invariant:** a stream is taken once, and nothing of it is read before. Then one message of it is here at a time, as long as a client of
+//! these streams sends at most, which counts in the budget of requests until the next one is received.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -23,6 +24,7 @@ use log::warn;
 use prost_types::Any;
 use tokio::sync::{Mutex as Turn, mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -54,10 +56,18 @@ struct Open {
 }
 
 /// This end of a stream.
-#[derive(Debug)]
 pub(crate) struct Stream {
-    incoming: mpsc::Receiver<Result<Any>>,
+    incoming: Incoming,
     outgoing: mpsc::Sender<Result<Any, Status>>,
+}
+
+/// Messages of a client.
+type Incoming = Pin<Box<dyn tokio_stream::Stream<Item = Result<Any>> + Send + Sync>>;
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream").finish_non_exhaustive()
+    }
 }
 
 impl Streams {
@@ -77,8 +87,8 @@ impl Streams {
         let first = first.map_err(gone)?.ok_or_else(|| Error::Invalid("a stream begins with its id".to_owned()))?;
         let init: StreamInit = decode(&first).ok_or_else(|| Error::Invalid("a stream begins with StreamInit".to_owned()))?;
         call.answered();
-        let (received, incoming) = mpsc::channel(MESSAGES);
         let (outgoing, answers) = mpsc::channel(MESSAGES);
+        let incoming: Incoming = Box::pin(Messages { requests, call, is_held: false, has_ended: false });
         // there is room
         let _ = outgoing.try_send(Ok(Any { type_url: "google.protobuf.Empty".to_owned(), value: Vec::new() }));
         let key = (namespace, init.id);
@@ -88,13 +98,7 @@ impl Streams {
         }
         let (open, closed) = oneshot::channel::<()>();
         tokio::spawn(async move {
-            let forwarding = async {
-                forward(&call, requests, received).await;
-                // what a client has sent may be taken when it has sent everything
-                std::future::pending::<()>().await;
-            };
             tokio::select! {
-                () = forwarding => {}
                 // closed by either end
                 _ = closed => {}
                 () = self.expire(&key, number) => {}
@@ -209,24 +213,47 @@ impl tokio_stream::Stream for Answers {
     }
 }
 
-/// Passes on what comes, until the client has sent everything, or is gone.
-async fn forward(call: &Call, mut requests: Streaming<Any>, received: mpsc::Sender<Result<Any>>) {
-    loop {
-        let message = match requests.message().await {
-            Ok(None) => return,
-            Ok(Some(message)) if message.value.len() > MESSAGE_BYTES => {
-                let length = message.value.len();
-                Err(Error::Exhausted(format!("a message of {length} bytes in a stream; the most is {MESSAGE_BYTES}")))
-            }
-            Ok(Some(message)) => Ok(message),
-            Err(status) => Err(gone(status)),
-        };
-        call.answered();
-        let is_last = message.is_err();
-        if received.send(message).await.is_err() || is_last {
-            return;
+/// What a client sends, read when it is asked for.
+struct Messages {
+    requests: Streaming<Any>,
+    call: Call,
+    /// Whether there is one that has not been answered.
+    is_held: bool,
+    has_ended: bool,
+}
+
+impl tokio_stream::Stream for Messages {
+    type Item = Result<Any>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        if this.has_ended {
+            return Poll::Ready(None);
         }
+        if std::mem::take(&mut this.is_held) {
+            this.call.answered();
+        }
+        let message = match std::task::ready!(Pin::new(&mut this.requests).poll_next(cx)) {
+            None => None,
+            Some(Ok(message)) => Some(bounded(message)),
+            Some(Err(status)) => Some(Err(gone(status))),
+        };
+        this.is_held = true;
+        this.has_ended = !matches!(message, Some(Ok(_)));
+        Poll::Ready(message)
     }
+}
+
+fn closed() -> Error {
+    Error::Remote { code: tonic::Code::Cancelled, message: "the client has closed its stream".to_owned() }
+}
+
+fn bounded(message: Any) -> Result<Any> {
+    let length = message.value.len();
+    if length > MESSAGE_BYTES {
+        return Err(Error::Exhausted(format!("a message of {length} bytes in a stream; the most is {MESSAGE_BYTES}")));
+    }
+    Ok(message)
 }
 
 fn gone(status: Status) -> Error {
@@ -245,7 +272,7 @@ impl Stream {
         let Self { mut incoming, outgoing } = self;
         let forth = async move {
             let requests = requests;
-            while let Some(message) = incoming.recv().await {
+            while let Some(message) = incoming.next().await {
                 let Ok(message) = message else { return };
                 if passed_over > 0 {
                     passed_over -= 1;
@@ -275,7 +302,7 @@ impl Stream {
 
     /// The next message; none when the client has sent everything.
     pub(super) async fn receive(&mut self) -> Result<Option<Any>> {
-        let next = tokio::time::timeout(IDLE, self.incoming.recv()).await;
+        let next = tokio::time::timeout(IDLE, self.incoming.next()).await;
         let next = next.map_err(|_elapsed| Error::Exhausted(format!("nothing came in the client's stream for {IDLE:?}")))?;
         next.transpose()
     }
@@ -285,7 +312,7 @@ impl Stream {
         let sent = tokio::time::timeout(IDLE, self.outgoing.send(Ok(message))).await;
         match sent {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Error::Remote { code: tonic::Code::Cancelled, message: "the client has closed its stream".to_owned() }),
+            Ok(Err(_)) => Err(closed()),
             Err(_elapsed) => Err(Error::Exhausted(format!("the client has read nothing of its stream for {IDLE:?}"))),
         }
     }
@@ -329,7 +356,13 @@ impl Stream {
     /// Sends all bytes as the client grants it.
     pub(super) async fn send_bytes(&mut self, mut from: mpsc::Receiver<Bytes>) -> Result<()> {
         let mut granted: i64 = 0;
-        while let Some(mut bytes) = from.recv().await {
+        loop {
+            let next = tokio::select! {
+                next = from.recv() => next,
+                // there may be nothing to send for a long time
+                () = self.outgoing.closed() => return Err(closed()),
+            };
+            let Some(mut bytes) = next else { return Ok(()) };
             while !bytes.is_empty() {
                 while granted <= 0 {
                     let Some(message) = self.receive().await? else {
@@ -346,7 +379,6 @@ impl Stream {
                 self.send(to_any(&Data { data: part.to_vec() })).await?;
             }
         }
-        Ok(())
     }
 }
 
@@ -356,16 +388,16 @@ const OPENED: Duration = Duration::from_secs(30);
 const UNUSED: Duration = Duration::from_secs(600);
 /// For the next message of a client: its source may be slow.
 const IDLE: Duration = Duration::from_secs(1800);
-/// On their way, in each direction.
+/// On their way to a client.
 const MESSAGES: usize = 8;
 /// Clients send 32 KiB.
-const MESSAGE_BYTES: usize = 1 << 20;
+const MESSAGE_BYTES: usize = 256 << 10;
 /// As much as containerd sends, and its clients expect.
 const DATA_BYTES: usize = 32 << 10;
 /// What a sender may send before the next update. HTTP/2 bounds what is on its way.
 const WINDOW_BYTES: i32 = 8 << 20;
 /// Not taken by a call.
-const MOST_STREAMS: usize = 1024;
+const MOST_STREAMS: usize = 128;
 const MAX_ID_BYTES: usize = 256;
 const STREAM: &str = "/containerd.services.streaming.v1.Streaming/Stream";
 
@@ -378,7 +410,7 @@ pub(super) type Ends = (Stream, mpsc::Sender<Result<Any>>, mpsc::Receiver<Result
 pub(super) fn stream() -> Ends {
     let (client, incoming) = mpsc::channel(MESSAGES);
     let (outgoing, answers) = mpsc::channel(MESSAGES);
-    (Stream { incoming, outgoing }, client, answers)
+    (Stream { incoming: Box::pin(ReceiverStream::new(incoming)), outgoing }, client, answers)
 }
 
 #[cfg(test)]
@@ -409,6 +441,55 @@ mod tests {
             streams.add(key(&number.to_string()), stream().0).expect("there is room");
         }
         assert_eq!(streams.add(key("more"), stream().0).expect_err("full").code(), tonic::Code::ResourceExhausted);
+    }
+
+    /// The body of a request: one message after the other, as often as it is read.
+    struct Endless {
+        first: Option<Any>,
+        read: Arc<std::sync::atomic::AtomicUsize>,
+    }
+
+    impl hyper::body::Body for Endless {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Option<Result<hyper::body::Frame<Bytes>, Status>>> {
+            self.read.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let message = self.first.take().unwrap_or_else(|| to_any(&Data { data: vec![7; DATA_BYTES] }));
+            let message = prost::Message::encode_to_vec(&message);
+            let mut framed = vec![0];
+            framed.extend(u32::try_from(message.len()).expect("short").to_be_bytes());
+            framed.extend(message);
+            Poll::Ready(Some(Ok(hyper::body::Frame::data(framed.into()))))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_read_only_once_a_call_takes_it_and_a_message_at_a_time() {
+        use tonic::codec::Codec as _;
+        let read = Arc::<std::sync::atomic::AtomicUsize>::default();
+        let count = || read.load(std::sync::atomic::Ordering::Relaxed);
+        let body = Endless { first: Some(to_any(&StreamInit { id: "a".to_owned() })), read: Arc::clone(&read) };
+        let decoder = tonic_prost::ProstCodec::<Any, Any>::default().decoder();
+        let mut request = tonic::Request::new(());
+        request.metadata_mut().insert("containerd-namespace", "n".parse().expect("a value"));
+        let streams = Arc::new(Streams::new(Gate::default(), Successor::new("/".as_ref())));
+        let requests = Streaming::new_request(decoder, body, None, None);
+        let _answers = Arc::clone(&streams).stream(Call::of(&request), requests).await.expect("opened");
+        let settle = async || {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        };
+        settle().await;
+        assert_eq!(count(), 1, "no call has taken it");
+        let mut stream = streams.take(&Namespace::parse("n").expect("a name"), "a").expect("it is there");
+        for number in 2..5 {
+            let message = stream.receive().await.expect("a message").expect("a message");
+            assert_eq!(decode::<Data>(&message).expect("data").data.len(), DATA_BYTES);
+            settle().await;
+            assert_eq!(count(), number);
+        }
     }
 
     #[tokio::test]
@@ -461,5 +542,15 @@ mod tests {
         drop(from);
         sending.await.expect("no panic").expect("all is sent");
         assert!(answers.recv().await.is_none(), "it is closed");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_is_noticed_also_when_there_is_nothing_to_send() {
+        let (ours, _client, answers) = stream();
+        let (_from, bytes) = mpsc::channel(1);
+        let sending = tokio::spawn(ours.send_bytes(bytes));
+        drop(answers);
+        let ended = tokio::time::timeout(Duration::from_secs(20), sending).await.expect("it ends").expect("no panic");
+        assert_eq!(ended.expect_err("it was not sent").code(), tonic::Code::Cancelled);
     }
 }

@@ -64,7 +64,10 @@ impl TaskService {
         // the container's own options name where its checkpoints are written, not the one to restore
         let checkpoint = restore_path(request.options.as_ref())?;
         if let Some(checkpoint) = request.checkpoint.filter(|checkpoint| !checkpoint.digest.is_empty()) {
-            return Err(Error::Unimplemented(format!("a task from checkpoint {}: there is no content store", checkpoint.digest)));
+            return Err(Error::Unimplemented(format!(
+                "a task from checkpoint {}: x-manager reads checkpoints from folders only",
+                checkpoint.digest
+            )));
         }
         let new = NewTask {
             container,
@@ -240,7 +243,7 @@ impl TaskService {
         };
         if path.is_empty() {
             return Err(Error::Unimplemented(
-                "checkpoint to an image: x-manager has no content store; set image_path in the options to a folder".to_owned(),
+                "checkpoint to an image: x-manager writes checkpoints to folders only; set image_path in the options to one".to_owned(),
             ));
         }
         let options = wire::to_shim_field(request.options);

@@ -26,10 +26,9 @@ use crate::gate::Gate;
 use crate::images::registry::{Credentials, Options, Reference, Registry};
 use crate::images::{
     Contents, Event, Export, Import, Lease, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers,
-    UnpackFor, Wanted,
+    UnpackFor, Wanted, Where,
 };
 use crate::name::{self, Namespace};
-use crate::snapshots::Snapshotter;
 use crate::successor::{Successor, remote};
 
 /// The service.
@@ -220,7 +219,7 @@ impl TransferService {
         let transfers = &self.transfers;
         Ok(match (source, destination, lease) {
             (Side::Registry(registry), Side::Store(store), Some(lease)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let id = auth_stream(&registry);
                 let (registry, asking) = self.registry(&place.namespace, registry).await?;
                 let pull = Pull { place, registry, wanted, progress };
@@ -238,11 +237,11 @@ impl TransferService {
                 self.ended(done, credentials(id, asking)).await
             }
             (Side::Store(source), Side::Store(destination), _) => {
-                let done = transfers.tag(&place, &source.name, &wanted(destination)?).await;
+                let done = transfers.tag(&place, &source.name, &wanted(destination, |name| transfers.snapshotter(name))?).await;
                 self.ended(done, async { Vec::new() }).await
             }
             (Side::Import(import), Side::Store(store), Some(lease)) => {
-                let wanted = wanted(store)?;
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
                 let receiving = async {
@@ -257,7 +256,8 @@ impl TransferService {
                 self.import(place, lease, contents, import.force_compress, wanted, progress).await
             }
             (Side::Contents(contents, compresses), Side::Store(store), Some(lease)) => {
-                self.import(place, lease, contents, compresses, wanted(store)?, progress).await
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
+                self.import(place, lease, contents, compresses, wanted, progress).await
             }
             (Side::Store(store), Side::Export(export), Some(lease)) => {
                 let names = names(&store)?;
@@ -374,8 +374,12 @@ async fn echo(from: Stream, mut to: Stream) -> Result<()> {
         }
         Ok(())
     };
-    let ((), pumped, sent) = tokio::join!(from.receive_bytes(send), pump, to.send_bytes(passed));
-    sent.and(pumped)
+    let receive = async move {
+        from.receive_bytes(send).await;
+        Ok(())
+    };
+    // the first error ends both streams
+    tokio::try_join!(receive, pump, to.send_bytes(passed)).map(|_moved| ())
 }
 
 fn platform(wire: &WirePlatform) -> Platform {
@@ -396,12 +400,30 @@ fn names(store: &ImageStore) -> Result<Vec<String>> {
     Ok(own.into_iter().chain(store.extra_references.iter().map(|reference| reference.name.clone())).collect())
 }
 
+/// Reads a request as a transfer does before it begins.
+#[cfg(any(test, fuzzing))]
+pub(super) fn parsed(request: TransferRequest) -> Result<()> {
+    for side in [Side::of(request.source, "source")?, Side::of(request.destination, "destination")?] {
+        match side {
+            Side::Registry(registry) => drop(Reference::parse(&registry.reference)?),
+            Side::Store(store) => {
+                names(&store)?;
+                let wanted = wanted(store, |name| crate::snapshots::Snapshotter::parse(name).map(Where::Own))?;
+                assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
+            }
+            Side::Export(export) => drop(platforms(&export.platforms)),
+            Side::Import(_) | Side::Contents(..) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Refuses more of something than a transfer may name.
 fn bound(what: &str, count: usize) -> Result<()> {
     if count > MOST_OPTIONS { Err(Error::Invalid(format!("{count} {what}; the most is {MOST_OPTIONS}"))) } else { Ok(()) }
 }
 
-fn wanted(store: ImageStore) -> Result<Wanted> {
+fn wanted(store: ImageStore, snapshotter_of: impl Fn(&str) -> Result<Where>) -> Result<Wanted> {
     let labels = mask::without_empty(store.labels);
     name::labels(&labels)?;
     bound("platforms", store.platforms.len())?;
@@ -410,7 +432,7 @@ fn wanted(store: ImageStore) -> Result<Wanted> {
     let unpacks = store.unpacks.iter().map(|unpack| {
         let snapshotter = if unpack.snapshotter.is_empty() { "overlayfs" } else { &unpack.snapshotter };
         let platform = unpack.platform.as_ref().map_or_else(Platform::host, platform);
-        Ok(UnpackFor { platform, snapshotter: Snapshotter::parse(snapshotter)? })
+        Ok(UnpackFor { platform, snapshotter: snapshotter_of(snapshotter)? })
     });
     let references = store.extra_references.into_iter().map(|reference| NameRule {
         name: reference.name,
@@ -444,11 +466,21 @@ const MOST_OPTIONS: usize = 100;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::streaming::stream;
 
     #[tokio::test]
     async fn reports_end_with_their_transfer_also_when_it_is_given_up() {
         let (progress, mut reader) = Progress::new();
         drop(Reports(progress));
         assert!(reader.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_echo_ends_when_one_of_its_clients_leaves() {
+        let ((from, _sender, _updates), (to, _grants, received)) = (stream(), stream());
+        let echoing = tokio::spawn(echo(from, to));
+        drop(received);
+        let ended = tokio::time::timeout(Duration::from_secs(20), echoing).await.expect("it ends").expect("no panic");
+        ended.expect_err("the receiver has left");
     }
 }

@@ -19,6 +19,7 @@ use super::{Blob, Content, Digest, lock};
 use crate::error::Result;
 use crate::layers::Cancel;
 use crate::name::Namespace;
+use crate::settings::Sharing;
 use crate::store::blobs;
 
 /// A blob of a namespace.
@@ -119,7 +120,8 @@ impl Arriving {
         let state = Mutex::new(State { written, phase: Phase::Writing });
         let arrival = Arc::new(Arrival { file, state, moved: Condvar::new() });
         let key = (namespace.clone(), digest.clone());
-        lock(&content.arrivals.all).insert(key.clone(), Arc::clone(&arrival));
+        // of several writers the first one is followed, until any of them is done
+        lock(&content.arrivals.all).entry(key.clone()).or_insert_with(|| Arc::clone(&arrival));
         content.arrivals.changed(namespace, digest);
         Self { content: Arc::clone(content), key, arrival }
     }
@@ -132,8 +134,15 @@ impl Arriving {
 
     /// It is the blob of that digest now, with its row.
     pub(super) fn whole(self, digest: &Digest) {
-        if *digest == self.key.1 {
-            lock(&self.arrival.state).phase = Phase::Whole;
+        if *digest != self.key.1 {
+            return;
+        }
+        lock(&self.arrival.state).phase = Phase::Whole;
+        // there is no need to wait for a slower one
+        let other = lock(&self.content.arrivals.all).get(&self.key).filter(|other| !Arc::ptr_eq(other, &self.arrival)).cloned();
+        if let Some(other) = other {
+            lock(&other.state).phase = Phase::Cut;
+            other.moved.notify_all();
         }
     }
 }
@@ -209,6 +218,15 @@ impl Content {
     pub(crate) async fn has(&self, namespace: &Namespace, digest: &Digest) -> Result<bool> {
         let (place, id) = (namespace.clone(), digest.clone());
         Ok(self.store.read(move |db| blobs::get(db, place.as_str(), id.as_str())).await?.is_some())
+    }
+
+    /// Whether a blob is here, in the namespace or in another one that may give it.
+    pub(crate) async fn is_had(&self, namespace: &Namespace, digest: &Digest) -> Result<bool> {
+        let (place, id, is_shared) = (namespace.clone(), digest.clone(), self.sharing == Sharing::Shared);
+        let had = self.store.read(move |db| {
+            Ok(blobs::get(db, place.as_str(), id.as_str())?.is_some() || blobs::elsewhere(db, id.as_str(), is_shared)?.is_some())
+        });
+        had.await
     }
 
     /// Does something that blocks, on a thread for content.

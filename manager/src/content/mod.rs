@@ -66,6 +66,8 @@ pub(crate) struct Content {
     has_left: AtomicBool,
     /// Held for reading from the naming of a blob until its row is written.
     publishing: tokio::sync::RwLock<()>,
+    /// Held by the verification that reads all blobs.
+    verifying: tokio::sync::Mutex<()>,
 }
 
 /// A blob that can be read, also when it is removed meanwhile.
@@ -111,6 +113,7 @@ impl Content {
             freed: AtomicU64::new(0),
             has_left: AtomicBool::new(false),
             publishing: tokio::sync::RwLock::default(),
+            verifying: tokio::sync::Mutex::default(),
         })
     }
 
@@ -123,6 +126,11 @@ impl Content {
 
     /// A blob, to read it.
     pub(crate) async fn read(&self, namespace: &Namespace, digest: &Digest) -> Result<Blob> {
+        self.read_from(namespace, digest, 0, 0).await.map(|(blob, _nothing)| blob)
+    }
+
+    /// The same with bytes of it from an offset, fewer at its end. Docker reads blobs by 32 KiB a call: each is opened and read by one job.
+    pub(crate) async fn read_from(&self, namespace: &Namespace, digest: &Digest, offset: u64, bytes: usize) -> Result<(Blob, Vec<u8>)> {
         let info = self.info(namespace, digest).await?;
         let path = self.files.blob(digest);
         self.pool
@@ -132,7 +140,9 @@ impl Content {
                 if u64::try_from(info.size) != Ok(size) {
                     return Err(Error::DataLoss(format!("blob {} has {size} bytes instead of {}", path.display(), info.size)));
                 }
-                Ok(Blob { file: Arc::new(file), path: path.into(), size })
+                let blob = Blob { file: Arc::new(file), path: path.into(), size };
+                let read = blob.blocking_read(offset, bytes)?;
+                Ok((blob, read))
             })
             .await?
     }

@@ -1,7 +1,6 @@
 use std::fs;
 
 use super::*;
-use crate::store;
 
 struct Fixture {
     content: Arc<Content>,
@@ -11,7 +10,7 @@ struct Fixture {
 impl Fixture {
     fn new(name: &str) -> Self {
         let folder = scratch::Folder::new(name);
-        let store = Store::open(&store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let content = Content::open(&folder.join("content"), Sharing::Shared, store, Pool::new("test", 3), Gate::default());
         Self { content: Arc::new(content.expect("a folder")), folder }
     }
@@ -150,4 +149,36 @@ async fn scratch_wait(f: &Fixture, name: &str) {
     while !f.content.references.is_taken(name) {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
+}
+
+#[tokio::test]
+async fn a_verification_ends_with_its_caller() {
+    let f = Fixture::new("content-verify-ends");
+    let mut writer = f.writer("one", None).await.expect("a writer");
+    writer.write(BYTES.into()).await.expect("written");
+    let digest = writer.commit(0, None, HashMap::new()).await.expect("committed");
+    // minutes of zeros
+    let path = f.content.files.blob(&digest);
+    fs::remove_file(&path).expect("removed");
+    fs::File::create(&path).and_then(|file| file.set_len(256 << 30)).expect("a sparse file");
+    let verifying = tokio::spawn({
+        let content = Arc::clone(&f.content);
+        async move { content.verify().await }
+    });
+    let is_busy = async |expected: bool| {
+        let waits = async {
+            while (f.content.pool.busy() > 0) != expected {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(20), waits).await.is_ok()
+    };
+    assert!(is_busy(true).await);
+    verifying.abort();
+    let _aborted = verifying.await;
+    let ends = is_busy(false).await;
+    // a thread that reads on would keep this process
+    f.content.gate.retire();
+    assert!(ends);
+    assert!(path.exists(), "it was not found damaged");
 }

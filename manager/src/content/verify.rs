@@ -12,6 +12,7 @@ use nix::errno::Errno;
 
 use super::{Content, Digest};
 use crate::error::{Error, Result};
+use crate::layers::Cancel;
 use crate::store::blobs;
 
 /// What a verification has found.
@@ -30,13 +31,18 @@ impl Content {
     ///
     /// Errors: [`crate::error::Error::Retired`], or that a blob cannot be looked at now; what was found damaged is taken away.
     pub(crate) async fn verify(&self) -> Result<Verified> {
+        // its end is the end of what a thread does for it
+        let cancel = Cancel::default();
+        let _ends_with_caller = cancel.guard();
+        // another one would be as slow, and double what is read
+        let _one_at_a_time = self.verifying.lock().await;
         let files = Arc::clone(&self.files);
         let mut verified = Verified::default();
         for digest in self.pool.run(move || files.all()).await?? {
             drop(self.gate.enter().await?);
-            let (files, gate, of) = (Arc::clone(&self.files), self.gate.clone(), digest.clone());
+            let (files, gate, of, stop) = (Arc::clone(&self.files), self.gate.clone(), digest.clone(), cancel.clone());
             // a blob that is being removed, or named anew, is another file
-            match self.pool.run(move || files.verify(&of, &|| gate.is_retired())).await? {
+            match self.pool.run(move || files.verify(&of, &|| gate.is_retired() || stop.is_cancelled())).await? {
                 Ok(Some(true)) => verified.sound += 1,
                 Ok(None) => {}
                 Ok(Some(false)) => {

@@ -162,10 +162,10 @@ impl Collector {
         if !all.snapshots.is_empty() || scan == Scan::All {
             self.snapshotters.remove_files(all.snapshots, scan).await;
         }
-        // one that fails does not keep the other
-        let mounts = self.mounts.collect().await;
-        self.content.collect(scan).await?;
-        mounts?;
+        // one that fails does not keep the other, nor does a mount that hangs
+        let content = self.content.collect(scan).await;
+        self.mounts.collect().await?;
+        content?;
         Ok(took)
     }
 

@@ -268,7 +268,7 @@ fn swept(swept: garbage::Swept) -> BTreeSet<Name> {
 #[tokio::test]
 async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_order_of_calls() {
     let folder = scratch::Folder::new("gc");
-    let store = Store::open(&crate::store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+    let store = Store::new(&folder);
     store.write(|db| namespaces::ensure(db, NAMESPACE)).await.expect("room");
     let (mut dice, mut model, mut removed) = (Dice(12), Model::default(), 0);
     let now = crate::timestamp::to_nanos(&crate::timestamp::now());
@@ -324,6 +324,38 @@ async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_
     println!("{removed} objects were removed, {} are left", model.objects.len());
     assert!(removed > ROUNDS / 2, "{removed}");
     drop(store);
+}
+
+#[tokio::test]
+async fn a_long_chain_of_conditions_takes_few_marks_and_keeps_rather_too_much() {
+    for (length, keeps_more) in [(4, false), (3 * garbage::MOST_ROUNDS, true)] {
+        let folder = scratch::Folder::new("gc-rounds");
+        let files = crate::store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") };
+        let store = Store::open(&files).expect("a new store");
+        let written = store.write(move |db| {
+            namespaces::ensure(db, NAMESPACE)?;
+            // each blob leads to a snapshot, under a condition, and that to the next blob; nothing leads to the last pair
+            for number in 0..=length {
+                let mut labels = HashMap::from([(format!("{CONDITION}.overlayfs"), format!("usedat>1m|{number}"))]);
+                if number == 0 {
+                    labels.insert(ROOT.to_owned(), String::new());
+                }
+                blobs::put(db, NAMESPACE, &number.to_string(), &Info { digest: number.to_string(), labels, ..Info::default() })?;
+                let mut labels = HashMap::from([(USED.to_owned(), PAST.to_owned())]);
+                if number + 1 < length {
+                    labels.insert(format!("{REF}content"), (number + 1).to_string());
+                }
+                snapshots::insert(db, &place(), &number.to_string(), None, Kind::Committed, &labels)?;
+            }
+            Ok(())
+        });
+        written.await.expect("room");
+        let now = crate::timestamp::to_nanos(&crate::timestamp::now());
+        let garbage = names(store.read_beside(move |db| garbage::mark(db, now)).await.expect("marks"));
+        let mut expected = BTreeSet::from([(CONTENT.to_owned(), length.to_string())]);
+        expected.extend((!keeps_more).then(|| (SNAPSHOTS.to_owned(), length.to_string())));
+        assert_eq!(garbage, expected, "{length}");
+    }
 }
 
 const NAMESPACE: &str = "n";

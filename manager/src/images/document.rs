@@ -148,7 +148,10 @@ impl Document {
             (_, Kind::Index | Kind::Manifest) => (own_kind, own),
             _ if has_manifests => (Kind::Index, OCI_INDEX),
             _ if has_layers => (Kind::Manifest, OCI_MANIFEST),
-            _ => return Err(Error::Invalid(format!("{} is neither an index nor a manifest", shown(media_type)))),
+            _ => {
+                let called = if media_type.is_empty() { own } else { media_type };
+                return Err(Error::Invalid(format!("{:?} is neither an index nor a manifest", shown(called))));
+            }
         };
         let several = |list: Option<Vec<RawDescriptor>>| -> Result<Vec<Descriptor>> {
             let list = list.unwrap_or_default();

@@ -77,7 +77,7 @@ impl Transfers {
     /// Errors: [`Error::Retired`] only before the first byte.
     pub(crate) async fn export(&self, lease: &Lease, export: Export) -> Result<()> {
         let Export { bytes, progress, .. } = &export;
-        progress.say("Exporting".to_owned());
+        progress.overall("Exporting".to_owned());
         let records = self.records(lease, &export).await?;
         let (send, report) = (bytes.clone(), progress.clone());
         let (next, opened) = mpsc::channel(1);
@@ -100,7 +100,7 @@ impl Transfers {
         let (written, opened) = tokio::join!(write, open);
         opened?;
         written??;
-        progress.say("Completed export".to_owned());
+        progress.overall("Completed export".to_owned());
         Ok(())
     }
 

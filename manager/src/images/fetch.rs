@@ -1,16 +1,17 @@
 //! Fetching: one blob from a registry into the content store, hashed while it arrives.
 //!
 //! ```text
-//! wait for another pull of the digest ─▶ there already? ─▶ place among the downloads ─▶ bytes ─▶ hashed, written ─▶ digest right: content
+//! wait for another pull of the digest ─▶ there already? ─▶ place among the downloads ─▶ ingest ─▶ bytes ─▶ hashed, written ─▶ digest right: content
 //! ```
-//! **Invariant:** however many pulls want a blob, in whatever namespaces, one at a time fetches it; the others find it then.
+//! **Invariants:** however many pulls want a blob of one registry, in whatever namespaces, one at a time fetches it; the others find it then. None
+//! waits for another registry, which may be as slow as it likes. What waits for its place has no file open.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use containerd_client::events::ContentCreate;
 use hyper::body::Bytes;
-use tokio::sync::{Mutex as Turn, OwnedMutexGuard, mpsc};
+use tokio::sync::{Mutex as Turn, OwnedMutexGuard, SemaphorePermit, mpsc};
 
 use super::Transfers;
 use super::document::{DOCUMENT_BYTES, Descriptor};
@@ -21,23 +22,34 @@ use crate::content::{Digest, Opening, Writer};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
-/// Digests that are being fetched.
+/// Digests that are being fetched, from each registry.
 #[derive(Debug, Default)]
-pub(super) struct Flights(Mutex<HashMap<Digest, Arc<Turn<()>>>>);
+pub(super) struct Flights(Mutex<HashMap<Digest, ByHost>>);
 
-/// The turn to fetch a digest.
+/// Turns by the registry's host.
+type ByHost = HashMap<String, Arc<Turn<()>>>;
+
+/// The turn to fetch a digest from a registry.
 #[derive(Debug)]
 struct Flight<'a> {
     flights: &'a Flights,
     digest: Digest,
+    host: String,
+    /// Whether it was being fetched from another registry when this one was asked for.
+    is_elsewhere: bool,
     turn: Option<OwnedMutexGuard<()>>,
 }
 
 impl Flights {
-    /// Waits until no other call fetches the digest.
-    async fn take(&self, digest: &Digest) -> Flight<'_> {
-        let turn = Arc::clone(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(digest.clone()).or_default());
-        let mut flight = Flight { flights: self, digest: digest.clone(), turn: None };
+    /// Waits until no other call fetches the digest from that registry.
+    async fn take(&self, digest: &Digest, host: &str) -> Flight<'_> {
+        let (turn, is_elsewhere) = {
+            let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let hosts = flights.entry(digest.clone()).or_default();
+            let turn = Arc::clone(hosts.entry(host.to_owned()).or_default());
+            (turn, hosts.len() > 1)
+        };
+        let mut flight = Flight { flights: self, digest: digest.clone(), host: host.to_owned(), is_elsewhere, turn: None };
         flight.turn = Some(turn.lock_owned().await);
         flight
     }
@@ -47,8 +59,12 @@ impl Drop for Flight<'_> {
     fn drop(&mut self) {
         drop(self.turn.take());
         let mut flights = self.flights.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(hosts) = flights.get_mut(&self.digest) else { return };
         // the last one, unless others wait
-        if flights.get(&self.digest).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+        if hosts.get(&self.host).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+            hosts.remove(&self.host);
+        }
+        if hosts.is_empty() {
             flights.remove(&self.digest);
         }
     }
@@ -67,9 +83,9 @@ pub(super) struct Fetching {
 impl Fetching {
     /// Fetches a blob, unless it is there.
     pub(super) async fn fetch(&self, part: &Descriptor) -> Result<()> {
-        let _turn = self.transfers.flights.take(&part.digest).await;
+        let flight = self.transfers.flights.take(&part.digest, &self.registry.reference().host).await;
         for attempt in 1.. {
-            let mut writer = match self.open(part).await {
+            let (mut writer, mut place) = match self.open(part, flight.is_elsewhere).await {
                 Err(Error::AlreadyExists(_)) => {
                     self.progress.part(word::EXISTS, part, part.size);
                     return Ok(());
@@ -80,7 +96,9 @@ impl Fetching {
                 writer.truncate().await?;
             }
             let offset = writer.progress()?.offset;
-            let received = if offset == part.size { Ok(None) } else { self.receive(part, &mut writer, offset).await };
+            let received = if offset == part.size { Ok(None) } else { self.receive(part, &mut writer, offset, &mut place).await };
+            // the disk is not waited for in it
+            drop(place);
             let source = match received {
                 Ok(source) => source,
                 Err(error) => {
@@ -115,28 +133,61 @@ impl Fetching {
         Ok(())
     }
 
-    /// The writer of a blob, once no client writes it.
-    async fn open(&self, part: &Descriptor) -> Result<Writer> {
-        let opening = Opening {
-            namespace: self.namespace.clone(),
-            reference: part.reference(),
-            total: part.size,
-            expected: Some(part.digest.clone()),
-            lease: Some(self.lease.clone()),
-        };
-        self.transfers.open(&opening).await
+    /// The writer of a blob, once no client writes it, and its place among the downloads where it needs one.
+    async fn open(&self, part: &Descriptor, is_elsewhere: bool) -> Result<(Writer, Option<SemaphorePermit<'_>>)> {
+        let shared = part.reference();
+        let own = format!("{shared}@{}", self.registry.reference().host);
+        for attempt in 1.. {
+            // what fetches it from elsewhere, or a client that writes nothing, may take for ever
+            let is_own = is_elsewhere || attempt > PATIENCE;
+            let opening = Opening {
+                namespace: self.namespace.clone(),
+                reference: if is_own { own.clone() } else { shared.clone() },
+                total: part.size,
+                expected: Some(part.digest.clone()),
+                lease: Some(self.lease.clone()),
+            };
+            let place = self.place(part).await?;
+            match self.transfers.content.write(opening).await {
+                // it has waited for a second; others may have the place meanwhile
+                Err(Error::Held { .. }) if attempt < 2 * PATIENCE => {}
+                opened => return opened.map(|writer| (writer, place)),
+            }
+        }
+        Err(Error::Exhausted(format!("{shared} is written by others")))
+    }
+
+    /// A place among the downloads; none for what need not be fetched, and for documents.
+    async fn place(&self, part: &Descriptor) -> Result<Option<SemaphorePermit<'_>>> {
+        let downloads = &self.transfers.downloads;
+        if let Ok(place) = downloads.try_acquire() {
+            return Ok(Some(place));
+        }
+        if part.kind().is_document() || self.transfers.content.is_had(&self.namespace, &part.digest).await? {
+            return Ok(None);
+        }
+        // the semaphore is never closed
+        Ok(downloads.acquire().await.ok())
     }
 
     /// Receives what is missing, and writes it at the same time. Returns where it came from, if it is not verified yet.
-    async fn receive(&self, part: &Descriptor, writer: &mut Writer, offset: u64) -> Result<Option<Blob>> {
+    async fn receive<'s>(
+        &'s self,
+        part: &Descriptor,
+        writer: &mut Writer,
+        offset: u64,
+        place: &mut Option<SemaphorePermit<'s>>,
+    ) -> Result<Option<Blob>> {
         if part.kind().is_document() && offset == 0 {
             // the registry may have sent it when it was asked what there is
             let bytes = self.registry.fetch_document(&part.to_registry()).await?;
             writer.write(bytes).await?;
             return Ok(None);
         }
-        // the semaphore is never closed
-        let _place = self.transfers.downloads.acquire().await;
+        if place.is_none() {
+            // what others had is lost
+            *place = self.transfers.downloads.acquire().await.ok();
+        }
         let mut blob = self.registry.fetch(&part.to_registry(), offset).await?;
         let (send, chunks) = mpsc::channel::<Bytes>(CHUNKS);
         let receive = async {
@@ -188,7 +239,7 @@ impl Documents for Fetching {
 impl Transfers {
     /// Opens a reference for writing, once no other writer has it.
     pub(super) async fn open(&self, opening: &Opening) -> Result<Writer> {
-        for _ in 0..PATIENCE {
+        for _ in 0..LONG_PATIENCE {
             match self.content.write(opening.clone()).await {
                 // it has waited for a second
                 Err(Error::Held { .. }) => {}
@@ -210,8 +261,10 @@ impl Descriptor {
 const ATTEMPTS: usize = 2;
 const CHUNKS: usize = 4;
 const CHUNK_BYTES: usize = 256 << 10;
-/// In seconds: a client that writes the same reference may have a slow source.
-const PATIENCE: usize = 600;
+/// In seconds: a client that writes the same reference fetches it, too.
+const PATIENCE: usize = 60;
+/// The same where there is no other source.
+const LONG_PATIENCE: usize = 600;
 
 #[cfg(test)]
 mod tests {
@@ -221,19 +274,31 @@ mod tests {
     async fn a_digest_is_fetched_by_one_at_a_time_and_forgotten_then() {
         let flights = Flights::default();
         let (one, other) = (Digest::of_bytes(b"1"), Digest::of_bytes(b"2"));
-        let first = flights.take(&one).await;
-        let _another = flights.take(&other).await;
-        let mut second = Box::pin(flights.take(&one));
+        let first = flights.take(&one, "r").await;
+        let _another = flights.take(&other, "r").await;
+        let mut second = Box::pin(flights.take(&one, "r"));
         let waits = std::future::poll_fn(|cx| std::task::Poll::Ready(second.as_mut().poll(cx).is_pending())).await;
         assert!(waits, "the first has the turn");
         drop(first);
         drop(second.await);
         assert_eq!(flights.0.lock().expect("no panic").len(), 1);
-        let given_up = flights.take(&one).await;
-        let mut waiting = Box::pin(flights.take(&one));
+        let given_up = flights.take(&one, "r").await;
+        let mut waiting = Box::pin(flights.take(&one, "r"));
         let _ = std::future::poll_fn(|cx| std::task::Poll::Ready(waiting.as_mut().poll(cx).is_pending())).await;
         drop(waiting);
         drop(given_up);
         assert_eq!(flights.0.lock().expect("no panic").len(), 1, "who gives up leaves nothing");
+    }
+
+    #[tokio::test]
+    async fn no_registry_waits_for_another() {
+        let flights = Flights::default();
+        let digest = Digest::of_bytes(b"1");
+        let slow = flights.take(&digest, "slow").await;
+        let quick = flights.take(&digest, "quick").await;
+        assert!(!slow.is_elsewhere && quick.is_elsewhere);
+        drop(slow);
+        drop(quick);
+        assert!(!flights.take(&digest, "quick").await.is_elsewhere && flights.0.lock().expect("no panic").is_empty());
     }
 }

@@ -88,7 +88,7 @@ impl Transfers {
         bytes: Incoming,
         progress: &Progress,
     ) -> Result<Contents> {
-        progress.say("Importing".to_owned());
+        progress.overall("Importing".to_owned());
         let parts = Parts::read(self.archives.clone(), bytes);
         self.take(namespace, lease.id(), parts, progress).await
     }
@@ -114,7 +114,9 @@ impl Transfers {
             return Err(Error::Invalid(format!("the archive has nothing for {}", selection.platforms)));
         }
         let plans = self.plan(namespace, &tree, &wanted).await?;
+        let remote = self.begin_remote(namespace, lease.id(), &plans, "").await?;
         self.unpack(namespace, lease.id(), plans, false, &progress).await?;
+        self.finish_remote(remote, false, &progress).await?;
         let mut images = wanted.whole(&index);
         images.extend(present.iter().flat_map(|entry| wanted.imported(entry)));
         if images.is_empty() {
@@ -133,7 +135,7 @@ impl Transfers {
                 progress.image(word::SAVED, &name, &target);
             }
         }
-        progress.say("Completed import".to_owned());
+        progress.overall("Completed import".to_owned());
         Ok(names)
     }
 

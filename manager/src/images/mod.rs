@@ -19,6 +19,8 @@ mod compress;
 mod document;
 mod export;
 mod fetch;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod import;
 mod ingest;
 mod lease;
@@ -30,6 +32,7 @@ mod pull;
 mod push;
 mod record;
 pub(crate) mod registry;
+mod remote;
 mod tag;
 mod tree;
 pub(crate) mod unpack;
@@ -42,15 +45,18 @@ use tokio::sync::Semaphore;
 pub(crate) use export::Export;
 pub(crate) use import::{Contents, File as ArchiveFile, Import};
 pub(crate) use lease::{Lease, Place};
-pub(crate) use names::{NameRule, UnpackFor, Wanted};
+pub(crate) use names::{NameRule, UnpackFor, Wanted, Where};
 pub(crate) use platform::{Platform, Platforms};
 pub(crate) use progress::{Event, Progress, Reader};
 pub(crate) use pull::Pull;
 pub(crate) use push::Push;
+#[cfg(test)]
+pub(crate) use record::tests::image;
 pub(crate) use record::{put, validate};
 pub(crate) use tree::Selection;
 
 use crate::content::{Content, Digest};
+use crate::diff::Differ;
 use crate::error::Error;
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -72,6 +78,8 @@ pub(crate) struct Transfers {
     gate: Gate,
     collector: Arc<Collector>,
     unpacker: Unpacker,
+    /// Applies layers to snapshots of other processes.
+    differ: Differ,
     /// Reads blobs.
     pool: Pool,
     /// Reads and writes archives.
@@ -96,6 +104,7 @@ pub(crate) struct Parts {
     pub(crate) gate: Gate,
     pub(crate) collector: Arc<Collector>,
     pub(crate) unpacker: Unpacker,
+    pub(crate) differ: Differ,
     pub(crate) pool: Pool,
     pub(crate) archives: Pool,
     pub(crate) settings: TransferSettings,
@@ -105,7 +114,7 @@ pub(crate) struct Parts {
 impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { content, store, events, gate, collector, unpacker, pool, archives, settings, successor } = parts;
+        let Parts { content, store, events, gate, collector, unpacker, differ, pool, archives, settings, successor } = parts;
         Self {
             content,
             store,
@@ -113,6 +122,7 @@ impl Transfers {
             gate,
             collector,
             unpacker,
+            differ,
             pool,
             archives,
             downloads: Semaphore::new(settings.max_concurrent_downloads),

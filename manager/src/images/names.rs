@@ -25,7 +25,15 @@ pub(crate) struct Wanted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct UnpackFor {
     pub(crate) platform: Platform,
-    pub(crate) snapshotter: Snapshotter,
+    pub(crate) snapshotter: Where,
+}
+
+/// In which snapshotter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Where {
+    Own(Snapshotter),
+    /// Of another process, by its name.
+    Proxy(String),
 }
 
 /// A name, or how names are made.

@@ -67,10 +67,18 @@ impl Plan {
     ///
     /// Errors: [`Error::NotFound`]; [`Error::Invalid`] if it is none of an image.
     pub(crate) async fn read(content: &Content, namespace: &Namespace, manifest: &Digest) -> Result<Self> {
-        let document = document(content, namespace, manifest, "manifest").await?;
-        let (config, layers) = layers_of(manifest, &document)?;
+        let (document, of) = (document(content, namespace, manifest, "manifest").await?, manifest.clone());
+        // megabytes of JSON would keep the executor
+        let (config, layers) = content.run(move || layers_of(&of, &document)).await?;
         let document = self::document(content, namespace, &config, "config").await?;
-        Self::of(config, layers, &document)
+        content.run(move || Self::of(config, layers, &document)).await
+    }
+
+    /// The same, of documents that are at hand.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn of_documents(name: &Digest, manifest: &[u8], config: &[u8]) -> Result<Self> {
+        let (of, layers) = layers_of(name, manifest)?;
+        Self::of(of, layers, config)
     }
 
     fn of(config: Digest, layers: Vec<Descriptor>, document: &[u8]) -> Result<Self> {
@@ -89,9 +97,19 @@ impl Plan {
     }
 }
 
-/// The config that a manifest names, if it is the manifest of an image.
-pub(crate) fn config_of(manifest: &Digest, document: &[u8]) -> Result<Digest> {
-    layers_of(manifest, document).map(|(config, _layers)| config)
+/// The config that a blob names, if that is the manifest of an image, and no longer than those of images are.
+pub(crate) async fn config_of(content: &Content, namespace: &Namespace, digest: &Digest) -> Result<Option<Digest>> {
+    let blob = content.read(namespace, digest).await?;
+    let Some(size) = usize::try_from(blob.size).ok().filter(|size| *size <= LOOKED_AT_BYTES) else { return Ok(None) };
+    let of = digest.clone();
+    let found = content.run(move || {
+        // most small blobs are no JSON
+        if !blob.blocking_read(0, BEGIN_BYTES)?.trim_ascii_start().starts_with(b"{") {
+            return Ok(None);
+        }
+        Ok(layers_of(&of, &blob.blocking_read(0, size)?).ok().map(|(config, _layers)| config))
+    });
+    found.await
 }
 
 fn layers_of(manifest: &Digest, document: &[u8]) -> Result<(Digest, Vec<Descriptor>)> {
@@ -128,16 +146,6 @@ fn is_tar(media_type: &str) -> bool {
         || is_known("application/vnd.docker.image.rootfs.foreign.diff.tar", &["", ".gzip", ".zstd"])
 }
 
-/// Whether a small blob may be a manifest: it begins as JSON does.
-pub(crate) async fn is_json(content: &Content, namespace: &Namespace, digest: &Digest) -> Result<bool> {
-    let blob = content.read(namespace, digest).await?;
-    if usize::try_from(blob.size).is_ok_and(|size| size > MOST_BYTES) {
-        return Ok(false);
-    }
-    let begin = content.run(move || blob.blocking_read(0, BEGIN_BYTES)).await?;
-    Ok(begin.trim_ascii_start().starts_with(b"{"))
-}
-
 /// All of a small blob.
 pub(crate) async fn document(content: &Content, namespace: &Namespace, digest: &Digest, what: &str) -> Result<Vec<u8>> {
     let blob = content.read(namespace, digest).await?;
@@ -148,6 +156,8 @@ pub(crate) async fn document(content: &Content, namespace: &Namespace, digest: &
 
 /// Of a manifest or a config.
 pub(crate) const MOST_BYTES: usize = 8 << 20;
+/// Of a blob that is looked at since it may be a manifest. Those of images with a thousand layers have a quarter of it.
+pub(crate) const LOOKED_AT_BYTES: usize = 1 << 20;
 /// What is looked at to tell JSON from other data.
 const BEGIN_BYTES: usize = 64;
 /// More than overlays can have.
@@ -165,8 +175,7 @@ mod tests {
 
     fn plan(manifest: &str, config: &str) -> Result<Plan> {
         let name = Digest::parse(&digest('0')).expect("a digest");
-        let (of, layers) = layers_of(&name, manifest.as_bytes())?;
-        Plan::of(of, layers, config.as_bytes())
+        Plan::of_documents(&name, manifest.as_bytes(), config.as_bytes())
     }
 
     fn manifest(layers: &[(&str, char)]) -> String {

@@ -75,7 +75,7 @@ impl Progress {
     }
 
     /// Reports a sentence about all of the transfer.
-    pub(super) fn say(&self, event: String) {
+    pub(super) fn overall(&self, event: String) {
         self.report(Event { event, ..Event::default() });
     }
 
@@ -172,7 +172,7 @@ mod tests {
     async fn a_slow_reader_gets_the_newest_of_each_part_and_every_word() {
         let (progress, mut reader) = Progress::new();
         let part = Descriptor::new("application/vnd.oci.image.layer.v1.tar", Digest::of_sha256(&[7; 32]), 100);
-        progress.say("Importing".to_owned());
+        progress.overall("Importing".to_owned());
         progress.waits(&part, &["i".to_owned()]);
         progress.waits(&part, &["i".to_owned()]);
         for bytes in 0..50 {
@@ -188,7 +188,7 @@ mod tests {
         let expected = [("Importing", 0), (word::WAITING, 0), (word::DOWNLOADING, 49), (word::COMPLETE, 100)];
         assert_eq!(words, expected.map(|(word, bytes)| (word.to_owned(), bytes)));
         drop(reader);
-        progress.say("there is no reader".to_owned());
+        progress.overall("there is no reader".to_owned());
         assert!(progress.0.expect("it was read").queue().events.is_empty());
     }
 }

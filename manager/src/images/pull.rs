@@ -19,6 +19,7 @@ use super::names::Wanted;
 use super::progress::{Progress, word};
 use super::record::Origin;
 use super::registry::Registry;
+use super::remote::Remote;
 use super::tree::Tree;
 use crate::error::{Error, Result};
 
@@ -37,11 +38,11 @@ impl Transfers {
         let (progress, wanted, namespace) = (&pull.progress, &pull.wanted, &pull.place.namespace);
         let source = format!("OCI Registry ({})", pull.registry.reference());
         let name = if wanted.name.is_empty() { pull.registry.reference().to_string() } else { wanted.name.clone() };
-        progress.say(format!("Resolving from {source}"));
+        progress.overall(format!("Resolving from {source}"));
         let resolved = pull.registry.resolve().await?;
         document::check_type(&resolved.media_type)?;
         let root = Descriptor::new(&resolved.media_type, resolved.digest, resolved.size);
-        progress.say(format!("Pulling from {source}"));
+        progress.overall(format!("Pulling from {source}"));
         progress.image("fetching image content", &name, &root);
         let fetching = Fetching {
             transfers: Arc::clone(self),
@@ -60,9 +61,13 @@ impl Transfers {
         let (configs, layers): (Vec<_>, Vec<_>) = tree.leaves().map(|node| &node.descriptor).partition(|leaf| leaf.kind() == Kind::Config);
         fetch_all(&fetching, configs).await?;
         let plans = self.plan(namespace, &tree, wanted).await?;
+        let remote = self.begin_remote(namespace, lease.id(), &plans, &name).await?;
+        let had = Remote::had(&remote, &plans);
+        let layers = layers.into_iter().filter(|layer| !had.contains(&layer.digest)).collect();
         let unpack = self.unpack(namespace, lease.id(), plans, true, progress);
-        // the first error ends both
-        tokio::try_join!(fetch_all(&fetching, layers), unpack)?;
+        // the first error ends all
+        tokio::try_join!(fetch_all(&fetching, layers), unpack, self.finish_remote(remote, true, progress))?;
+        let tree = tree.without(&had);
         let target = tree.nodes.first().map_or(root, |node| node.descriptor.clone());
         let mut images = wanted.whole(&target);
         if images.is_empty() {
@@ -77,7 +82,7 @@ impl Transfers {
         for name in names {
             progress.image(word::SAVED, &name, &target);
         }
-        progress.say(format!("Completed pull from {source}"));
+        progress.overall(format!("Completed pull from {source}"));
         Ok(target)
     }
 }

@@ -65,7 +65,7 @@ impl Transfers {
         let target = self.target(&place.namespace, &name).await?;
         lease.hold(&target.digest).await?;
         let root = self.part_for(&place.namespace, &name, target, &platforms).await?;
-        progress.say(format!("Pushing to {destination}"));
+        progress.overall(format!("Pushing to {destination}"));
         progress.image("pushing content", &name, &root);
         let found = |part: &Descriptor, parents: &[String]| {
             progress.waits(part, if parents.is_empty() { std::slice::from_ref(&name) } else { parents });
@@ -90,7 +90,7 @@ impl Transfers {
         }
         debug!(image = name, to:% = registry.reference(), blobs = tree.nodes.len(); "image pushed");
         progress.image("pushed content", &name, &root);
-        progress.say(format!("Completed push to {destination}"));
+        progress.overall(format!("Completed push to {destination}"));
         Ok(())
     }
 

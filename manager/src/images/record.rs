@@ -146,12 +146,13 @@ const MOST_LABEL_BYTES: usize = 4096;
 const DISTRIBUTION_SOURCE: &str = "containerd.io/distribution.source";
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use containerd_client::types::Descriptor as Wire;
 
     use super::*;
 
-    fn image() -> Image {
+    /// One with everything.
+    pub(crate) fn image() -> Image {
         let target = Wire {
             digest: format!("sha256:{}", "0f".repeat(32)),
             size: 7,

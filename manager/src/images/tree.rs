@@ -147,6 +147,12 @@ impl Tree {
         Ok(tree)
     }
 
+    /// Without blobs that are not kept here.
+    pub(super) fn without(mut self, blobs: &HashSet<Digest>) -> Self {
+        self.nodes.retain(|node| !blobs.contains(&node.descriptor.digest));
+        self
+    }
+
     /// Its blobs that are no documents.
     pub(super) fn leaves(&self) -> impl Iterator<Item = &Node> {
         self.nodes.iter().filter(|node| !node.is_document)
@@ -311,6 +317,23 @@ mod tests {
         assert_eq!((metadata.nodes.len(), metadata.manifests.len()), (11, 1));
         let limited = memory.follow(&root, &Selection { manifest_limit: 1, ..Selection::default() }).await.expect("it is whole");
         assert_eq!(limited.manifests.len(), 1);
+    }
+
+    /// With a digest that is none of its bytes, which only a broken disk can make, and no store reads.
+    #[tokio::test]
+    async fn indexes_that_lead_to_each_other_are_followed_once() {
+        let mut memory = Memory::default();
+        let image = memory.image(1, "");
+        let [one, other] = ["one", "other"].map(Digest::of_text);
+        for (own, next) in [(&one, &other), (&other, &one)] {
+            let next = json!({ "mediaType": OCI_INDEX, "digest": next.as_str(), "size": 1 });
+            let index = json!({ "manifests": [next, next, image] }).to_string();
+            memory.0.insert(own.clone(), index.into_bytes());
+        }
+        let root = json!({ "digest": one.as_str() });
+        let tree = memory.follow(&root, &Selection::default()).await.expect("it ends");
+        // two indexes, one manifest, its configuration and two layers
+        assert_eq!((tree.nodes.len(), tree.manifests.len()), (6, 1));
     }
 
     #[tokio::test]

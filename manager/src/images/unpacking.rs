@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Transfers;
 use super::document::Descriptor;
-use super::names::Wanted;
+use super::names::{Wanted, Where};
 use super::platform::{Platform, Platforms};
 use super::progress::{Progress, word};
 use super::tree::{Manifest, Tree};
@@ -13,13 +13,12 @@ use super::unpack::{OnProgress, Progress as Unpacking, Step, Unpack};
 use crate::content::Digest;
 use crate::error::{Error, Result};
 use crate::name::Namespace;
-use crate::snapshots::Snapshotter;
 
 /// A manifest that is to be unpacked.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Plan {
     pub(super) manifest: Manifest,
-    pub(super) snapshotter: Snapshotter,
+    pub(super) snapshotter: Where,
 }
 
 impl Transfers {
@@ -38,7 +37,7 @@ impl Transfers {
                 return Err(self.nothing_for(namespace, tree, &unpack.platform).await);
             }
             for manifest in chosen {
-                let plan = Plan { manifest: manifest.clone(), snapshotter: unpack.snapshotter };
+                let plan = Plan { manifest: manifest.clone(), snapshotter: unpack.snapshotter.clone() };
                 if !plans.contains(&plan) {
                     plans.push(plan);
                 }
@@ -68,9 +67,11 @@ impl Transfers {
     ) -> Result<()> {
         for plan in plans {
             let manifest = plan.manifest.descriptor.digest.clone();
+            // others are unpacked in their own way
+            let Where::Own(snapshotter) = plan.snapshotter else { continue };
             let image = Unpack {
                 namespace: namespace.clone(),
-                snapshotter: plan.snapshotter,
+                snapshotter,
                 manifest,
                 labels: HashMap::new(),
                 lease: Some(lease.to_owned()),

@@ -13,6 +13,7 @@ pub(crate) mod messages;
 mod plan;
 #[cfg(test)]
 mod tests;
+mod unmount;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder};
@@ -20,10 +21,10 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use containerd_client::types::Mount;
 use log::{debug, warn};
-use nix::mount::{MntFlags, umount2};
 use prost::Message as _;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
@@ -37,6 +38,7 @@ use crate::store::{self, Store};
 use crate::timestamp;
 use messages::{ActivationInfo, ActiveMount, Record};
 use plan::Folder;
+use unmount::blocking_unmount;
 
 /// All activations; cheap to clone.
 #[derive(Debug, Clone)]
@@ -46,6 +48,8 @@ pub(crate) struct Mounts {
     roots: [PathBuf; 2],
     store: Store,
     pool: Pool,
+    /// For one job of it.
+    limit: Duration,
     gate: Gate,
     /// Namespaces and names that a call works on.
     busy: Arc<Mutex<HashSet<(String, String)>>>,
@@ -81,7 +85,16 @@ impl Mounts {
     /// Those below the folder of state. Nothing is made yet.
     pub(crate) fn new(state: &Path, root: &Path, store: Store, pool: Pool, gate: Gate) -> Self {
         let folder = state.join("mounts");
-        Self { roots: [folder.clone(), root.to_owned()], folder, store, pool, gate, busy: Arc::default(), beginning: Arc::default() }
+        Self {
+            roots: [folder.clone(), root.to_owned()],
+            folder,
+            store,
+            pool,
+            limit: LIMIT,
+            gate,
+            busy: Arc::default(),
+            beginning: Arc::default(),
+        }
     }
 
     fn turn(&self, namespace: &str, name: &str) -> Result<Turn> {
@@ -89,7 +102,7 @@ impl Mounts {
         if self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(of.clone()) {
             Ok(Turn { of, busy: Arc::clone(&self.busy) })
         } else {
-            Err(Error::Held { reference: format!("mount {name}"), age: std::time::Duration::ZERO, since: timestamp::now().to_string() })
+            Err(Error::Held { reference: format!("mount {name}"), age: Duration::ZERO, since: timestamp::now().to_string() })
         }
     }
 
@@ -113,12 +126,22 @@ impl Mounts {
         let turn = self.turn(namespace.as_str(), &asked.name)?;
         let _pass = self.gate.enter().await?;
         let (this, namespace) = (self.clone(), namespace.to_string());
-        let activated = self.pool.run(move || {
+        let activated = self.run(move || {
             let activated = this.blocking_activate(&namespace, asked, count);
             drop(turn);
             activated
         });
         activated.await?
+    }
+
+    /// Does something that may hang: mounts of servers that do not answer, and folders on them.
+    ///
+    /// Errors: [`Error::Exhausted`] when it takes too long. It is done then or later, or not at all.
+    async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        let limit = self.limit;
+        let late =
+            |_elapsed| Error::Exhausted(format!("mounting and unmounting is not done after {limit:?}: a file system may not answer"));
+        tokio::time::timeout(limit, self.pool.run(job)).await.map_err(late)?
     }
 
     fn blocking_activate(&self, namespace: &str, asked: Activation, count: usize) -> Result<ActivationInfo> {
@@ -247,7 +270,7 @@ impl Mounts {
 
     async fn records(&self) -> Result<Vec<(PathBuf, Record)>> {
         let this = self.clone();
-        self.pool.run(move || this.blocking_records()).await?
+        self.run(move || this.blocking_records()).await?
     }
 
     /// The activations of a namespace.
@@ -284,7 +307,7 @@ impl Mounts {
         change(&mut info.labels)?;
         name::labels(&info.labels)?;
         record.info = Some(info.clone());
-        self.pool.run(move || write(&folder, &record)).await??;
+        self.run(move || write(&folder, &record)).await??;
         drop(turn);
         Ok(info)
     }
@@ -296,7 +319,7 @@ impl Mounts {
         let turn = self.turn(namespace.as_str(), name)?;
         let _pass = self.gate.enter().await?;
         let (folder, _) = self.find(namespace, name).await?;
-        let undone = self.pool.run(move || {
+        let undone = self.run(move || {
             let undone = blocking_undo(&folder);
             drop(turn);
             undone
@@ -335,12 +358,12 @@ impl Mounts {
             let Ok(turn) = self.turn(&namespace, &name) else { continue };
             let _pass = self.gate.enter().await?;
             let this = self.clone();
-            let undone = self.pool.run(move || {
+            let undone = self.run(move || {
                 let undone = this.blocking_undo_if(&folder, &record);
                 drop(turn);
                 undone
             });
-            match undone.await? {
+            match undone.await.flatten() {
                 Ok(true) => debug!(mount = name; "a mount that nothing held is undone"),
                 Ok(false) => {}
                 Err(error) => {
@@ -371,16 +394,7 @@ fn blocking_undo(folder: &Path) -> Result<()> {
     points.retain(|entry| number(entry).is_some());
     points.sort_by_key(|entry| std::cmp::Reverse(number(entry)));
     for point in points.iter().map(fs::DirEntry::path) {
-        loop {
-            match umount2(&point, MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) => {}
-                Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => break,
-                Err(nix::errno::Errno::EBUSY) => {
-                    return Err(Error::Precondition(format!("{} is in use", point.display())));
-                }
-                Err(error) => return Err(io::Error::from(error)).on("unmount", &point),
-            }
-        }
+        blocking_unmount(&point)?;
         fs::remove_dir(&point).on("remove", &point)?;
     }
     // the last thing: without it nothing is known of the mounts
@@ -414,6 +428,8 @@ fn split_unfinished(text: &str) -> (String, String) {
     (namespace.to_owned(), name.to_owned())
 }
 
+/// For making or undoing an activation.
+const LIMIT: Duration = Duration::from_secs(60);
 const RECORD: &str = "record";
 const NEW: &str = "record.new";
 /// As long as keys of snapshots, which clients take for names.

@@ -1,5 +1,4 @@
 use super::*;
-use crate::store::Files;
 
 struct Fixture {
     mounts: Mounts,
@@ -17,7 +16,7 @@ impl Fixture {
             fs::create_dir(folder.join(name)).expect("a folder");
         }
         fs::write(folder.join("data/file"), "data").expect("a file");
-        let store = Store::open(&Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let mounts = Mounts::new(&folder.join("state"), &folder.join("root"), store, Pool::new("test", 2), Gate::default());
         Some(Self { mounts, folder })
     }
@@ -39,6 +38,9 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
+        for mounted in ["data/sub", "data"] {
+            let _ = nix::mount::umount2(&self.folder.join(mounted), nix::mount::MntFlags::MNT_DETACH);
+        }
         for (folder, _) in self.mounts.blocking_records().unwrap_or_default() {
             let _ = blocking_undo(&folder);
         }
@@ -119,6 +121,67 @@ async fn an_overlay_is_made_of_mounts_and_folders_that_are_made_for_it() {
     let info = f.mounts.activate(&namespace(), asked("b", vec![f.bind(), overlay], true)).await.expect("all of them");
     fs::write(Path::new(&info.active[1].mount_point).join("new"), "").expect("it can be written to");
     assert!(f.folder.join("root/u/new").exists());
+}
+
+/// Mounts a tmpfs that shares what is mounted in it.
+fn shared_tmpfs(at: &Path) {
+    use nix::mount::{MsFlags, mount};
+    let none: Option<&str> = None;
+    mount(Some("x"), at, Some("tmpfs"), MsFlags::empty(), none).expect("mounted");
+    mount(none, at, none, MsFlags::MS_SHARED, none).expect("shared");
+}
+
+#[tokio::test]
+async fn a_tree_with_mounts_is_undone_and_stays_where_it_came_from() {
+    let Some(f) = Fixture::new("recursive") else { return };
+    shared_tmpfs(&f.folder.join("data"));
+    fs::create_dir(f.folder.join("data/sub")).expect("a folder");
+    shared_tmpfs(&f.folder.join("data/sub"));
+    fs::create_dir(f.folder.join("data/sub/deep")).expect("a folder");
+    shared_tmpfs(&f.folder.join("data/sub/deep"));
+    // one over the other
+    shared_tmpfs(&f.folder.join("data/sub/deep"));
+    let kept = f.folder.join("data/sub/deep/file");
+    fs::write(&kept, "kept").expect("a file");
+    let info = f.mounts.activate(&namespace(), asked("a", vec![f.bind()], true)).await.expect("activated");
+    let copy = Path::new(&info.active[0].mount_point).join("sub/deep/file");
+    // in use: it stays
+    let used = fs::File::open(&copy).expect("a file");
+    assert_eq!(f.mounts.deactivate(&namespace(), "a").await.expect_err("in use").code(), tonic::Code::FailedPrecondition);
+    assert_eq!((fs::read_to_string(&copy).expect("it is there"), f.left()), ("kept".to_owned(), 1));
+    drop(used);
+    f.mounts.deactivate(&namespace(), "a").await.expect("deactivated");
+    assert_eq!((fs::read_to_string(&kept).expect("it is there"), f.left()), ("kept".to_owned(), 0));
+    for mounted in ["data/sub/deep", "data/sub/deep", "data/sub", "data"] {
+        nix::mount::umount2(&f.folder.join(mounted), nix::mount::MntFlags::empty()).expect("it is mounted");
+    }
+}
+
+#[tokio::test]
+async fn mounts_that_hang_are_waited_for_in_a_limit() {
+    let Some(mut f) = Fixture::new("hanging") else { return };
+    f.mounts.activate(&namespace(), asked("a", vec![f.bind()], true)).await.expect("activated");
+    let (held, hold) = std::sync::mpsc::channel::<()>();
+    let hold = Arc::new(Mutex::new(hold));
+    let hanging: Vec<_> = (0..2)
+        .map(|_| {
+            let (pool, hold) = (f.mounts.pool.clone(), Arc::clone(&hold));
+            tokio::spawn(async move { pool.run(move || hold.lock().expect("no panic").recv().expect_err("nothing is sent")).await })
+        })
+        .collect();
+    while f.mounts.pool.busy() < 2 {
+        tokio::task::yield_now().await;
+    }
+    f.mounts.limit = Duration::from_millis(20);
+    for refused in [f.mounts.deactivate(&namespace(), "a").await, f.mounts.collect().await] {
+        assert_eq!(refused.expect_err("no thread is free").code(), tonic::Code::ResourceExhausted);
+    }
+    drop(held);
+    for hung in hanging {
+        hung.await.expect("no panic").expect("no panic");
+    }
+    f.mounts.limit = LIMIT;
+    f.mounts.deactivate(&namespace(), "a").await.expect("deactivated");
 }
 
 #[tokio::test]

@@ -155,7 +155,12 @@ pub(super) fn blocking_remove(folder: &Path) -> Result<()> {
 
 /// The same, until it is to stop.
 pub(super) fn blocking_remove_unless(folder: &Path, stops: &dyn Fn() -> bool) -> Result<()> {
-    crate::layers::remove_tree(folder, stops).on("remove", folder)
+    let project = super::quota::blocking_project(folder);
+    crate::layers::remove_tree(folder, stops).on("remove", folder)?;
+    match (project, folder.parent()) {
+        (Some(project), Some(base)) => super::quota::blocking_release(base, project),
+        _ => Ok(()),
+    }
 }
 
 /// What a name in the folder of a snapshotter is.

@@ -10,7 +10,6 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 use crate::error::{Error, IoContext as _, Result};
-use crate::sys::idmap;
 
 /// Which users and groups outside are those inside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +60,7 @@ impl Maps {
         let lines = |ranges: &[Range]| {
             inverse(ranges).iter().map(|range| format!("{} {} {}\n", range.inside, range.outside, range.count)).collect::<String>()
         };
-        let made = idmap::blocking_user_namespace(&lines(&self.users), &lines(&self.groups));
+        let made = x_idmap::blocking_user_namespace(&lines(&self.users), &lines(&self.groups));
         made.on("make a user namespace for", std::path::Path::new("id-mapped files"))
     }
 }

@@ -21,6 +21,7 @@ mod overlay;
 mod prepare;
 mod proxied;
 mod proxy;
+mod quota;
 mod removal;
 #[cfg(test)]
 mod tests;
@@ -217,7 +218,15 @@ impl Snapshots {
         if snapshot.info.kind() != Kind::Active {
             return Ok(snapshot.usage.unwrap_or_default());
         }
-        let tree = self.tree(Snapshotter::parse(&place.snapshotter)?, snapshot.id);
+        let snapshotter = Snapshotter::parse(&place.snapshotter)?;
+        if snapshotter == Snapshotter::Overlayfs && snapshot.info.labels.contains_key(quota::LABEL) {
+            let (folder, id) = (self.folder(snapshotter, snapshot.id), snapshot.id);
+            // the label may have come later
+            if let Some(counted) = self.files.run(move || quota::blocking_usage(&folder, id)).await?? {
+                return Ok(counted);
+            }
+        }
+        let tree = self.tree(snapshotter, snapshot.id);
         let cancel = Cancel::default();
         let _ends_with_caller = cancel.guard();
         let measured = self.usage.run(move || layers::measure(&tree, Beneath::Known, &cancel)).await??;

@@ -10,7 +10,6 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{Error, IoContext as _, Result};
-use crate::sys::idmap;
 
 /// Does something on a thread with a mount namespace of its own, and waits for it.
 pub(crate) fn in_own_mounts<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
@@ -49,7 +48,7 @@ pub(super) fn blocking_probe_maps(base: &Path) -> Result<(), String> {
         let file = lower.join("file");
         fs::write(&file, "").on("write", &file)?;
         let map = format!("0 {OUTSIDE} 1");
-        let namespace = idmap::blocking_user_namespace(&map, &map).on("make a user namespace for", lower)?;
+        let namespace = x_idmap::blocking_user_namespace(&map, &map).on("make a user namespace for", lower)?;
         blocking_mapped(lower, lower, namespace.as_fd())?;
         blocking_overlay(lower, upper, work, merged)?;
         let file = merged.join("file");
@@ -61,7 +60,7 @@ pub(super) fn blocking_probe_maps(base: &Path) -> Result<(), String> {
 /// Mounts a folder on another, or on itself, with its users and groups as a user namespace maps them.
 pub(crate) fn blocking_mapped(folder: &Path, at: &Path, namespace: BorrowedFd<'_>) -> Result<()> {
     let open = |path: &Path| fs::File::open(path).on("open", path);
-    idmap::mount_mapped(open(folder)?.as_fd(), open(at)?.as_fd(), namespace).on("map the users of", folder)
+    x_idmap::mount_mapped(open(folder)?.as_fd(), open(at)?.as_fd(), namespace).on("map the users of", folder)
 }
 
 fn blocking_overlay(lower: &Path, upper: &Path, work: &Path, merged: &Path) -> Result<()> {

@@ -8,7 +8,7 @@ use containerd_client::types::Mount;
 
 use super::folders::{From, blocking_make, blocking_name, blocking_remove};
 use super::mounts::gone as lost;
-use super::{Chain, Maps, Snapshots, Snapshotter, parent};
+use super::{Chain, Maps, Snapshots, Snapshotter, parent, quota};
 use crate::content::hold;
 use crate::error::{Error, Object, Result};
 use crate::layers::Cancel;
@@ -54,6 +54,7 @@ impl Snapshots {
         {
             return Err(Error::Unimplemented(format!("snapshotter {} cannot map users and groups: {why}", snapshotter.name())));
         }
+        let limit = if new.kind == Kind::Active { quota::asked(&new.labels)? } else { None };
         let above = loop {
             let (at, asked) = (place.clone(), new.clone());
             let checked = self.store.read(move |db| check(db, &at, &asked)).await;
@@ -75,6 +76,9 @@ impl Snapshots {
         let key = new.key.clone();
         let gate = self.gate.clone();
         let make = move || {
+            if limit.is_some() {
+                quota::blocking_check(snapshotter, &base)?;
+            }
             let stops = || gone.is_cancelled() || gate.is_retired();
             let from = match &parent_tree {
                 Some(tree) if !tree.is_dir() => return Err(lost(&key, tree)),
@@ -106,7 +110,10 @@ impl Snapshots {
                     let folder = base.join(id.to_string());
                     blocking_name(&path, &folder)?;
                     // it is set once
-                    let _ = names.set(folder);
+                    let folder = names.get_or_init(|| folder);
+                    if let Some(bytes) = limit {
+                        quota::blocking_bound(folder, id, bytes)?;
+                    }
                     Ok(chain)
                 };
                 self.store.write(insert).await

@@ -9,7 +9,7 @@ use nix::mount::{MsFlags, mount};
 
 use super::*;
 use crate::error::Error;
-use crate::store::Files;
+use crate::layers::testing::is_root;
 
 struct Fixture {
     snapshots: Snapshots,
@@ -22,12 +22,11 @@ fn place(snapshotter: &str) -> Place {
 
 impl Fixture {
     fn new(name: &str) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: snapshots need root");
+        if !is_root() {
             return None;
         }
         let folder = scratch::Folder::new(name);
-        let store = Store::open(&Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let (files, removal) = (Pool::new("test", 4), Pool::new("test", 1));
         let snapshots = Snapshots::open(&folder, store, Gate::default(), files, removal).expect("a root");
         assert_eq!(snapshots.unusable(Snapshotter::Overlayfs), None);
@@ -550,7 +549,7 @@ async fn a_commit_learns_of_files_that_were_not_written_though_another_was_told_
         return;
     }
     let failing = Failing::new();
-    let store = Store::open(&Files { meta: failing.folder.join("meta.db"), notes: failing.folder.join("notes.db") }).expect("a new store");
+    let store = Store::new(&failing.folder);
     let disk = failing.folder.join("disk");
     let snapshots = Snapshots::open(&disk, store, Gate::default(), Pool::new("test", 4), Pool::new("test", 1)).expect("a root");
     let new = New { key: "a".to_owned(), parent: String::new(), kind: Kind::Active, labels: HashMap::new(), lease: None };
@@ -562,4 +561,74 @@ async fn a_commit_learns_of_files_that_were_not_written_though_another_was_told_
     assert!(told.is_err(), "the disk is full");
     let commit = Commit { key: "a".to_owned(), name: "b".to_owned(), parent: String::new(), labels: HashMap::new(), lease: None };
     snapshots.commit(&place("overlayfs"), commit).await.expect_err("its file is lost");
+}
+
+#[tokio::test]
+async fn a_snapshot_that_cannot_be_bounded_is_not_made_and_the_error_says_what_is_missing() {
+    let Some(f) = Fixture::new("unbounded") else { return };
+    let prepare = async |snapshotter: &str, limit: &str, kind| {
+        let labels = HashMap::from([(quota::LABEL.to_owned(), limit.to_owned())]);
+        let new = New { key: "a".to_owned(), parent: String::new(), kind, labels, lease: None };
+        f.snapshots.prepare(&place(snapshotter), new).await
+    };
+    let (code, text) = sentence(prepare("overlayfs", "much", Kind::Active).await);
+    assert!(code == tonic::Code::InvalidArgument && text.contains("much") && text.contains("10g"), "{text}");
+    let (code, text) = sentence(prepare("native", "10g", Kind::Active).await);
+    assert!(code == tonic::Code::Unimplemented && text.contains("native"), "{text}");
+    let base = f.snapshots.base(Snapshotter::Overlayfs);
+    if crate::sys::quota::is_enforced(fs::File::open(&base).expect("a folder")).expect("it is known") {
+        eprintln!("skipped: this file system bounds projects");
+        return;
+    }
+    let (code, text) = sentence(prepare("overlayfs", "10g", Kind::Active).await);
+    assert!(code == tonic::Code::FailedPrecondition && text.contains("prjquota") && text.contains(&base.display().to_string()), "{text}");
+    assert_eq!((f.numbers(Snapshotter::Overlayfs), f.snapshots.stat(&place("overlayfs"), "a").await.is_err()), (Vec::new(), true));
+    prepare("overlayfs", "10g", Kind::View).await.expect("nothing is written to a view");
+}
+
+/// `make test-quota` runs it where projects are bounded.
+#[tokio::test]
+async fn a_bounded_snapshot_takes_no_more_and_its_bound_goes_with_it() {
+    let Some(f) = Fixture::new("bounded") else { return };
+    let base = f.snapshots.base(Snapshotter::Overlayfs);
+    if !crate::sys::quota::is_enforced(fs::File::open(&base).expect("a folder")).expect("it is known") {
+        eprintln!("skipped: this file system bounds no projects");
+        return;
+    }
+    f.layer("overlayfs", "layer", "").await;
+    let labels = HashMap::from([(quota::LABEL.to_owned(), "1m".to_owned())]);
+    let new = New { key: "a".to_owned(), parent: "layer".to_owned(), kind: Kind::Active, labels, lease: None };
+    let mounts = f.snapshots.prepare(&place("overlayfs"), new).await.expect("prepared");
+    let other = f.prepare("overlayfs", "b", "layer", Kind::Active).await.expect("prepared");
+    let point = f.folder.join("point");
+    fs::create_dir(&point).expect("a folder");
+    // as a container writes
+    let written = in_own_mounts(|| {
+        let data = mounts[0].options.join(",");
+        mount(Some("overlay"), &point, Some("overlay"), MsFlags::empty(), Some(&*data)).expect("an overlay");
+        fs::rename(point.join("layer"), point.join("moved")).expect("it is copied up");
+        fs::create_dir(point.join("deep")).expect("a folder");
+        let megabytes = vec![7; 4 << 20];
+        let refused = fs::write(point.join("deep/large"), megabytes).expect_err("it is too much");
+        assert_eq!(refused.raw_os_error(), Some(nix::libc::EDQUOT), "{refused}");
+        Ok(fs::metadata(point.join("deep/large")).expect("its beginning").len())
+    });
+    let written = written.expect("a namespace");
+    assert!(written > 512 << 10 && written <= 1 << 20, "{written}");
+    let usage = f.snapshots.usage(&place("overlayfs"), "a").await.expect("counted");
+    assert!(usage.bytes >= i64::try_from(written).expect("small") && usage.bytes <= 1 << 20, "{usage:?}");
+    assert!(usage.inodes >= 4, "{usage:?}");
+    fs::write(writable(&other).join("large"), vec![7; 4 << 20]).expect("it is not bounded");
+    // what is left of the project is nothing
+    let project = quota::blocking_project(&base.join("2")).expect("a project");
+    let used = || crate::sys::quota::used(fs::File::open(&base).expect("a folder"), project).expect("it is known");
+    assert_eq!(used().limit_bytes, 1 << 20);
+    f.snapshots.remove(&place("overlayfs"), "a", None).await.expect("removed");
+    let gone = async {
+        while used() != crate::sys::quota::Used::default() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    assert!(tokio::time::timeout(std::time::Duration::from_secs(60), gone).await.is_ok(), "{:?}", used());
+    println!("bounded: {written} bytes were written, {usage:?}");
 }

@@ -20,6 +20,7 @@ pub(crate) mod garbage;
 mod labels;
 mod objects;
 mod processes;
+pub(crate) mod proxied;
 mod queue;
 mod reserve;
 mod schema;
@@ -83,6 +84,12 @@ pub(crate) struct Meta<'t>(&'t Connection);
 pub(crate) struct Notes<'t>(&'t Connection);
 
 impl Store {
+    /// A new one for a test.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn new(folder: &Path) -> Self {
+        Self::open(&Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store")
+    }
+
     /// Opens the store, creates it if there is none, and migrates an older one.
     ///
     /// Errors: with a sentence, when a file is something else, damaged, or of a newer version.

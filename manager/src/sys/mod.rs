@@ -4,6 +4,6 @@
 
 pub(crate) mod children;
 pub(crate) mod descriptors;
-pub(crate) mod idmap;
 pub(crate) mod memory;
+pub(crate) mod quota;
 pub(crate) mod writeback;

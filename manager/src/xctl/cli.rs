@@ -1,18 +1,17 @@
 //! The command line.
 
 use std::path::PathBuf;
-use std::process::exit;
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::client::Client;
 use crate::error::{Error, IoContext as _, Result};
-use crate::output::Format;
+use crate::output::{self, Format};
 use crate::stdio::Folders;
 use crate::{
-    copy, create, events, exec, export, images, import, inspect, logs, parse, processes, prune, ps, remove, run, start, stats, stop,
-    transfer, upgrade,
+    copy, create, events, examples, exec, export, images, import, inspect, logs, parse, processes, prune, ps, remove, run, start, stats,
+    stop, transfer, upgrade,
 };
 
 /// What was asked for.
@@ -127,7 +126,13 @@ impl Command {
 
 /// Reads the command line; ends this process with 2 if it makes no sense.
 pub(crate) fn parse() -> Line {
-    Line::try_parse().unwrap_or_else(|error| error.exit())
+    let line = command().try_get_matches().and_then(|matches| Line::from_arg_matches(&matches));
+    line.unwrap_or_else(|error| error.format(&mut command()).exit())
+}
+
+/// The command line with its examples.
+pub(crate) fn command() -> clap::Command {
+    examples::append(Line::command())
 }
 
 /// Does what was asked for, and returns the exit status.
@@ -135,11 +140,14 @@ pub(crate) async fn run(line: Line) -> Result<u8> {
     let Line { flags, command } = line;
     match &command {
         Command::Completion { shell } => {
-            clap_complete::generate(*shell, &mut Line::command(), "xctl", &mut std::io::stdout());
-            exit(0)
+            // not straight to standard output: its reader may be gone
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut self::command(), "xctl", &mut text);
+            output::print_bytes(&text)?;
+            return Ok(0);
         }
         Command::Man { folder } => {
-            clap_mangen::generate_to(Line::command(), folder).on("write manual pages to", folder)?;
+            clap_mangen::generate_to(self::command(), folder).on("write manual pages to", folder)?;
             return Ok(0);
         }
         Command::Upgrade(args) => return upgrade::run(args),
@@ -187,7 +195,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        Line::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

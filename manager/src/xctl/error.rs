@@ -25,6 +25,14 @@ pub(crate) enum Error {
         /// The daemon's answer.
         status: Status,
     },
+    /// The daemon did not get an answer of a registry, or does not answer itself.
+    #[error("{doing}: {}", .status.message())]
+    Registry {
+        /// What was tried.
+        doing: String,
+        /// The daemon's answer.
+        status: Status,
+    },
     /// The daemon does not answer.
     #[error("{doing}: no answer within {limit:?}")]
     Late {
@@ -81,7 +89,7 @@ impl Error {
     /// The daemon's code, of a call that it refused.
     pub(crate) fn code(&self) -> Option<Code> {
         match self {
-            Self::Call { status, .. } => Some(status.code()),
+            Self::Call { status, .. } | Self::Registry { status, .. } => Some(status.code()),
             Self::NoContainer { .. } => Some(Code::NotFound),
             Self::NoDaemon { .. } | Self::Late { .. } | Self::Io { .. } | Self::Unreadable { .. } | Self::Refused(_) => None,
         }
@@ -91,7 +99,7 @@ impl Error {
     pub(crate) fn is_lost(&self) -> bool {
         match self {
             // a daemon's own answer has no source
-            Self::Call { status, .. } => {
+            Self::Call { status, .. } | Self::Registry { status, .. } => {
                 matches!(status.code(), Code::Unavailable | Code::Cancelled) || std::error::Error::source(status).is_some()
             }
             Self::NoDaemon { .. }
@@ -133,6 +141,10 @@ impl Error {
                 Code::PermissionDenied => Some("run as root".to_owned()),
                 _ => None,
             },
+            Self::Registry { .. } => Some(
+                "check the registry's name and the way to it from the daemon's host; --plain-http and --hosts-dir say how a registry is spoken to"
+                    .to_owned(),
+            ),
             Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Some("run as root".to_owned()),
             Self::Late { .. } => Some("the daemon's log may say why".to_owned()),
             Self::Io { .. } | Self::Unreadable { .. } | Self::Refused(_) => None,

@@ -36,7 +36,13 @@ pub(crate) async fn run(client: &Client, args: ExportArgs) -> Result<u8> {
         export(client, &args.images, Path::new("standard output"), Box::new(io::stdout())).await?;
         return Ok(0);
     }
-    let file = File::create_new(&args.output).on("create", &args.output)?;
+    let file = match File::create_new(&args.output) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let path = args.output.display();
+            return Err(Error::refused(format!("{path} exists and is not overwritten; remove it, or name another file with --output")));
+        }
+        created => created.on("create", &args.output)?,
+    };
     let exported = export(client, &args.images, &args.output, Box::new(file)).await;
     if exported.is_err() {
         // what is there is of no use

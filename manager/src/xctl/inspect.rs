@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::tasks::{self, Id};
-use crate::{containers, images, output, ps, stdio};
+use crate::{containers, image, images, output, ps, stdio};
 
 /// Arguments of `inspect`.
 #[derive(Debug, Clone, Args)]
@@ -36,14 +36,23 @@ pub(crate) async fn run(client: &Client, args: InspectArgs) -> Result<u8> {
             Some(Kind::Container) => one(client, name).await?,
             Some(Kind::Image) => images::inspect(client, name).await?,
             None => match one(client, name).await {
-                // the container is what was more likely meant, unless there is such an image
-                Err(error @ Error::NoContainer { .. }) => images::inspect(client, name).await.map_err(|_| error)?,
+                Err(Error::NoContainer { .. }) => match images::inspect(client, name).await {
+                    Err(Error::Refused(_)) if image::get(client, name).await.is_err() => return Err(neither(client, name)),
+                    found => found?,
+                },
                 found => found?,
             },
         });
     }
     output::print_json(&all)?;
     Ok(0)
+}
+
+fn neither(client: &Client, name: &str) -> Error {
+    Error::refused(format!(
+        "there is neither a container nor an image {name} in namespace {}; `xctl ps --all` and `xctl images` list those that there are",
+        client.namespace()
+    ))
 }
 
 async fn one(client: &Client, id: &str) -> Result<Value> {

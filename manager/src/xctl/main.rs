@@ -15,6 +15,7 @@ mod copy;
 mod create;
 mod error;
 mod events;
+mod examples;
 mod exec;
 mod export;
 mod follow;

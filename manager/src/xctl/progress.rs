@@ -85,7 +85,12 @@ impl Progress {
         }
     }
 
-    /// Shows the end.
+    /// Shows how far it was when it failed.
+    pub(crate) fn stop(mut self) {
+        self.draw();
+    }
+
+    /// Shows the end, and the total.
     pub(crate) fn finish(mut self) {
         self.draw();
         // what this program sends the daemon reports once more, part by part

@@ -123,8 +123,11 @@ pub(crate) enum Beside {
 }
 
 /// A stream on which the daemon asks for a secret, and the answer.
+///
+/// **Invariant:** the secret goes to the registry that the user has named, not to its mirrors, nor to where they lead.
 pub(crate) struct Secret {
     stream: Opened,
+    registry: String,
     answer: AuthResponse,
 }
 
@@ -153,7 +156,8 @@ async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRe
         };
         let stream = open_stream(client).await?;
         resolver.auth_stream.clone_from(&stream.id);
-        secret = Some(Box::new(Secret { stream, answer }));
+        let registry = name.split('/').next().unwrap_or_default().to_owned();
+        secret = Some(Box::new(Secret { stream, registry, answer }));
     }
     Ok((OciRegistry { reference: name.to_owned(), resolver: Some(resolver) }, secret))
 }
@@ -190,6 +194,16 @@ pub(crate) async fn open_stream(client: &Client) -> Result<Opened> {
     }
 }
 
+/// A pull or a push may have failed at the registry.
+fn explained(error: Error, beside: &Beside) -> Error {
+    match error {
+        Error::Call { doing, status } if status.code() == Code::Unavailable && matches!(beside, Beside::Secret(_)) => {
+            Error::Registry { doing, status }
+        }
+        error => unserved(error),
+    }
+}
+
 /// containerd before 1.7.
 fn unserved(error: Error) -> Error {
     if error.code() != Some(Code::Unimplemented) {
@@ -217,8 +231,8 @@ impl Transfer {
                 result = &mut transferred, if !is_transferred => {
                     if let Err(error) = result {
                         // the terminal first: a message is for people
-                        shown.progress.finish();
-                        return Err(unserved(error));
+                        shown.progress.stop();
+                        return Err(explained(error, &beside));
                     }
                     is_transferred = true;
                     if let Beside::AllBytes(_, answered) = &beside {
@@ -235,9 +249,9 @@ impl Transfer {
                     // the daemon's error is the better one, if it has one
                     if let Err(error) = moved {
                         let late = tokio::time::timeout(LAST_EVENTS, &mut transferred).await;
-                        shown.progress.finish();
+                        shown.progress.stop();
                         return Err(match late {
-                            Ok(Err(theirs)) if !is_transferred => unserved(theirs),
+                            Ok(Err(theirs)) if !is_transferred => explained(theirs, &beside),
                             _ => error,
                         });
                     }
@@ -301,12 +315,31 @@ impl Secret {
     /// Answers each question of the registry's.
     async fn answer_all(&mut self) {
         while let Ok(Some(any)) = self.stream.stream.message().await {
-            if AuthRequest::decode(any.value.as_slice()).is_err() || self.stream.requests.send(to_any(&self.answer)).await.is_err() {
+            let Ok(question) = AuthRequest::decode(any.value.as_slice()) else { return };
+            let answer = if is_host_of(&self.registry, &question.host) {
+                self.answer.clone()
+            } else {
+                eprintln!("xctl: {} asks for a password; the one for {} is not sent to it", question.host, self.registry);
+                AuthResponse::default()
+            };
+            if self.stream.requests.send(to_any(&answer)).await.is_err() {
                 return;
             }
         }
     }
 }
+
+/// Whether a host is the registry of a reference. The port of its scheme may be left out.
+fn is_host_of(registry: &str, host: &str) -> bool {
+    if registry == "docker.io" {
+        return DOCKER_HUB.contains(&host);
+    }
+    let without_port = |name: &str| name.strip_suffix(":443").or_else(|| name.strip_suffix(":80")).map(ToOwned::to_owned);
+    host == registry || without_port(registry).is_some_and(|name| name == host)
+}
+
+/// Names of one registry, and of what issues its tokens.
+const DOCKER_HUB: [&str; 4] = ["docker.io", "registry-1.docker.io", "index.docker.io", "auth.docker.io"];
 
 /// After the answer.
 const LAST_EVENTS: std::time::Duration = std::time::Duration::from_secs(2);
@@ -314,3 +347,29 @@ const OPENED: std::time::Duration = std::time::Duration::from_secs(30);
 /// An image may have many gigabytes, and a registry be slow.
 const TRANSFERRED: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
 const LONGEST_SECRET: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_for_the_registry_of_the_reference_only() {
+        for (registry, host, expected) in [
+            ("r.example", "r.example", true),
+            ("r.example:5000", "r.example:5000", true),
+            ("r.example:443", "r.example", true),
+            ("r.example:80", "r.example", true),
+            ("docker.io", "registry-1.docker.io", true),
+            ("docker.io", "auth.docker.io", true),
+            ("r.example", "m.example", false),
+            ("r.example", "r.example:5000", false),
+            ("r.example:5000", "r.example", false),
+            ("r.example", "r.example.m.example", false),
+            ("r.example", "registry-1.docker.io", false),
+            ("docker.io", "m.example", false),
+            ("r.example", "", false),
+        ] {
+            assert_eq!(is_host_of(registry, host), expected, "{registry} {host}");
+        }
+    }
+}

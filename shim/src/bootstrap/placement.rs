@@ -11,6 +11,7 @@ use std::os::unix::process::parent_id;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, TMPFS_MAGIC, statfs};
 
 use super::Error;
 use crate::{mountinfo, sys};
@@ -45,19 +46,26 @@ pub(crate) fn separate_cores() -> Result<(), Error> {
 pub(crate) fn join_cgroup(group: &str) -> Result<(), Error> {
     let failed = |source| Error::ShimCgroup { group: group.to_owned(), source };
     let Some(below) = relative(group) else { return Err(failed(io::ErrorKind::InvalidInput.into())) };
-    let hierarchies = hierarchies().map_err(failed)?;
+    // The list of mounts takes the kernel longer than most of `start`, and is read only where hierarchies are in other places.
+    let usual = usual_hierarchies().unwrap_or_default();
+    let joined = join(&usual, &below).map_err(failed)? || join(&hierarchies().map_err(failed)?, &below).map_err(failed)?;
+    if joined { Ok(()) } else { Err(Error::NoShimCgroup { group: group.to_owned() }) }
+}
+
+/// Whether any of the hierarchies has the cgroup.
+fn join(hierarchies: &[Hierarchy], below: &Path) -> io::Result<bool> {
     let only_unified = hierarchies.iter().all(|hierarchy| hierarchy.unified);
     let mut joined = false;
     // On a hybrid host the unified hierarchy has no controllers, and the stock shim leaves it alone.
     for hierarchy in hierarchies.iter().filter(|hierarchy| only_unified || !hierarchy.unified) {
-        let file = hierarchy.folder.join(&below).join(if hierarchy.unified { "cgroup.procs" } else { "tasks" });
+        let file = hierarchy.folder.join(below).join(if hierarchy.unified { "cgroup.procs" } else { "tasks" });
         match OpenOptions::new().write(true).open(&file).and_then(|mut file| file.write_all(b"0")) {
             Ok(()) => joined = true,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(failed(source)),
+            Err(source) => return Err(source),
         }
     }
-    if joined { Ok(()) } else { Err(Error::NoShimCgroup { group: group.to_owned() }) }
+    Ok(joined)
 }
 
 /// The path below a hierarchy's root; absent if it leaves it.
@@ -79,6 +87,22 @@ struct Hierarchy {
     unified: bool,
 }
 
+/// The hierarchies in the usual place, where the stock shim looks for them too: one of v2, or a folder for each of v1, whose second names are links.
+fn usual_hierarchies() -> io::Result<Vec<Hierarchy>> {
+    let place = Path::new("/sys/fs/cgroup");
+    let kind = statfs(place)?.filesystem_type();
+    if kind == CGROUP2_SUPER_MAGIC {
+        return Ok(vec![Hierarchy { folder: place.to_owned(), unified: true }]);
+    }
+    // What is no hierarchy of v1 has no file `tasks`.
+    let entries = fs::read_dir(place)?.filter(|entry| kind == TMPFS_MAGIC && entry.as_ref().is_ok_and(is_folder));
+    entries.map(|entry| Ok(Hierarchy { folder: entry?.path(), unified: false })).collect()
+}
+
+fn is_folder(entry: &fs::DirEntry) -> bool {
+    entry.file_type().is_ok_and(|kind| kind.is_dir())
+}
+
 fn hierarchies() -> io::Result<Vec<Hierarchy>> {
     let mounts = mountinfo::blocking_list(|mount| matches!(mount.kind.as_str(), "cgroup" | "cgroup2"))?;
     Ok(mounts.into_iter().map(|mount| Hierarchy { folder: mount.mount_point, unified: mount.kind == "cgroup2" }).collect())
@@ -94,6 +118,18 @@ mod tests {
         assert_eq!(relative("a//./b/"), Some("a/b".into()));
         assert_eq!(relative("/"), Some("".into()));
         assert_eq!(relative("/a/../../b"), None);
+    }
+
+    #[test]
+    fn the_usual_hierarchies_are_those_that_are_mounted_there() {
+        let all = hierarchies().expect("a list");
+        let v1: Vec<_> = usual_hierarchies().expect("a place").into_iter().filter(|it| it.folder.join("tasks").exists()).collect();
+        let folders = |list: Vec<Hierarchy>, unified| {
+            let folders =
+                list.into_iter().filter(|it| it.unified == unified && it.folder.starts_with("/sys/fs/cgroup")).map(|it| it.folder);
+            folders.collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(folders(v1, false), folders(all, false));
     }
 
     #[test]

@@ -2,6 +2,10 @@
 //!
 //! Owns the decision between a new keeper and the group's running one, and the start of a new one.
 //!
+//! ```text
+//!  lock, join or bind ─▶ read the input ─▶ another place? again ─▶ keeper ─▶ unlock, answer
+//! ```
+//!
 //! **Invariant:** when `start` answers, both sockets listen, and the keeper has no descriptor of this process.
 use std::env;
 use std::ffi::{CString, OsStr};
@@ -21,7 +25,7 @@ use super::dialect::{Dialect, Question};
 use super::socket::{Lock, Sockets};
 use super::{Error, group, placement};
 use crate::control;
-use crate::executable;
+use crate::executable::{self, Protected};
 use crate::handover::{POD_KEY, Snapshot};
 use crate::invocation::Flags;
 use crate::options::RuntimeOptions;
@@ -43,24 +47,25 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// Starts a shim, or joins the group's, and prints its address for containerd.
 pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     let deadline = Instant::now() + PATIENCE;
-    let question = Question::parse(&read_input()?, flags);
     let bundle = bundle_of(flags)?;
     let is_pod = is_of_pod(&bundle);
     let group = if is_pod { None } else { group::of_bundle(&bundle)? };
+    let shim = Shim { flags, bundle: &bundle, is_pod, group: group.as_deref().unwrap_or(&flags.id) };
+    // containerd writes the input a while after it has executed this program. What fails is repeated with the input, which may name another place.
+    let ahead = Some(&flags.address).filter(|daemon| !daemon.is_empty()).and_then(|daemon| {
+        let place = shim.place(daemon, None).ok()?;
+        shim.begin(place, deadline).ok()
+    });
+    let question = Question::parse(&read_input()?, flags);
     let daemon = question.grpc_address.as_deref().unwrap_or(&flags.address);
-    let run_dir = RunDir::from_environment();
-    let group_name = group.as_deref().unwrap_or(&flags.id);
-    let place = run_dir.place(daemon, &flags.namespace, group_name, question.socket_dir.as_deref())?;
-    run_dir::ensure_private(&run_dir.controls())?;
-    if let Some(folder) = place.socket.parent() {
-        run_dir::ensure_shared(folder)?;
-    }
-
-    let lock = Lock::take(&place.lock, deadline)?;
-    let shim = Shim { flags, bundle: &bundle, is_pod, group: group_name, place: &place };
-    let address = match shim.join(deadline)? {
-        Some((address, keeper)) => shim.note(&address, keeper).map(|()| address)?,
-        None => shim.launch(&question, daemon)?,
+    let place = shim.place(daemon, question.socket_dir.as_deref())?;
+    let Begun { found, place, lock } = match ahead.filter(|begun| begun.place == place) {
+        Some(begun) => begun,
+        None => shim.begin(place, deadline)?,
+    };
+    let address = match found {
+        Found::Keeper { address, pid } => shim.note(&address, pid).map(|()| address)?,
+        Found::None { sockets, program } => shim.launch(&place, sockets, &program, &question, daemon)?,
     };
     drop(lock);
     print(question.dialect, &address)
@@ -73,19 +78,56 @@ struct Shim<'a> {
     /// It is to be a pod, and not for a container.
     is_pod: bool,
     group: &'a str,
-    place: &'a Place,
+}
+
+/// A shim whose place no other `start` takes. Dropped, the place is free again.
+struct Begun {
+    // Before the lock: sockets are removed under it.
+    found: Found,
+    place: Place,
+    lock: Lock,
+}
+
+/// What is at the place of a shim.
+enum Found {
+    /// A keeper, in which a place is reserved.
+    Keeper { address: String, pid: u32 },
+    /// Sockets for a new one.
+    None { sockets: Sockets, program: Program },
 }
 
 impl Shim<'_> {
+    fn place(&self, daemon: &str, socket_dir: Option<&Path>) -> Result<Place, Error> {
+        Ok(RunDir::from_environment().place(daemon, &self.flags.namespace, self.group, socket_dir)?)
+    }
+
+    /// Locks the place, and joins the keeper there, or prepares a new one.
+    fn begin(&self, place: Place, deadline: Instant) -> Result<Begun, Error> {
+        run_dir::ensure_private(&RunDir::from_environment().controls())?;
+        if let Some(folder) = place.socket.parent() {
+            run_dir::ensure_shared(folder)?;
+        }
+        let lock = Lock::take(&place.lock, deadline)?;
+        let found = match self.join(&place, deadline)? {
+            Some((address, pid)) => Found::Keeper { address, pid },
+            None => {
+                let sockets = Sockets::bind(&place)?;
+                placement::adjust_oom_score();
+                Found::None { sockets, program: Program::find()? }
+            }
+        };
+        Ok(Begun { found, place, lock })
+    }
+
     /// Reserves a place in the running keeper, if there is one. Returns its address and pid.
-    fn join(&self, deadline: Instant) -> Result<Option<(String, u32)>, Error> {
+    fn join(&self, place: &Place, deadline: Instant) -> Result<Option<(String, u32)>, Error> {
         let snapshot = loop {
-            match control::join(&self.place.control, &self.flags.id, deadline) {
+            match control::join(&place.control, &self.flags.id, deadline) {
                 Ok(snapshot) => break snapshot,
                 // A clients' socket without a control socket is stale, unless another process listens on it.
-                Err(error) if error.is_gone() => match control::is_listening(&self.place.socket, Duration::from_millis(100)) {
+                Err(error) if error.is_gone() => match control::is_listening(&place.socket, Duration::from_millis(100)) {
                     true if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-                    true => return Err(Error::Foreign { path: self.place.socket.clone() }),
+                    true => return Err(Error::Foreign { path: place.socket.clone() }),
                     false => return Ok(None),
                 },
                 Err(error) => return Err(error.into()),
@@ -94,7 +136,7 @@ impl Shim<'_> {
         let key = if self.is_pod { POD_KEY } else { &self.flags.id };
         match snapshot.state.iter().find(|(id, _)| id == key) {
             Some((_, state)) => Err(self.exists(snapshot.keeper_pid, state)),
-            None => Ok(Some((address_of(&snapshot, self.place), snapshot.keeper_pid))),
+            None => Ok(Some((address_of(&snapshot, place), snapshot.keeper_pid))),
         }
     }
 
@@ -115,9 +157,8 @@ impl Shim<'_> {
     }
 
     /// Starts a new keeper. Returns its address.
-    fn launch(&self, question: &Question, daemon: &str) -> Result<String, Error> {
-        let sockets = Sockets::bind(self.place)?;
-        let address = format!("unix://{}", text_of(&self.place.socket)?);
+    fn launch(&self, place: &Place, sockets: Sockets, program: &Program, question: &Question, daemon: &str) -> Result<String, Error> {
+        let address = format!("unix://{}", text_of(&place.socket)?);
         let level = if self.flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
         let settings = Settings {
             namespace: self.flags.namespace.clone(),
@@ -125,20 +166,19 @@ impl Shim<'_> {
             containerd_address: daemon.to_owned(),
             ttrpc_address: question.ttrpc_address.clone().or_else(|| variable("TTRPC_ADDRESS")),
             shim_address: address.clone(),
-            control_path: self.place.control.clone(),
+            control_path: place.control.clone(),
             bundle: self.bundle.to_owned(),
             log_level: question.log_level.map_or(level, |asked| asked.max(level)),
         };
         text_of(self.bundle)?;
 
         placement::separate_cores()?;
-        placement::adjust_oom_score();
         // Create refuses options that cannot be decoded, by name.
         let options = RuntimeOptions::blocking_read(question.options.as_ref()).unwrap_or_default();
         if let Some(cgroup) = &options.shim_cgroup {
             placement::join_cgroup(cgroup)?;
         }
-        let keeper = self.execute(&settings, &sockets)?;
+        let keeper = program.execute(&settings, &sockets)?;
         if let Err(error) = self.note(&address, keeper) {
             // Its address was not published, and its sockets are removed now. It is our child: its pid is not reused.
             let _ = sys::process::open(keeper).and_then(|keeper| sys::process::signal(keeper.as_fd(), libc::SIGKILL));
@@ -147,18 +187,37 @@ impl Shim<'_> {
         sockets.keep();
         Ok(address)
     }
+}
+
+/// The program of a new keeper: this process's own.
+struct Program {
+    file: OwnedFd,
+    /// Its path, for operators.
+    path: PathBuf,
+    /// The same on a mount of its own, or why it cannot have one.
+    protected: io::Result<Protected>,
+}
+
+impl Program {
+    fn find() -> Result<Self, Error> {
+        let own = Path::new("/proc/self/exe");
+        let failed = |source| Error::Io { op: "execute", path: own.to_owned(), source };
+        let file: OwnedFd = open(own, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|error| failed(error.into()))?;
+        let path = fs::read_link(own).map_err(failed)?;
+        let protected = executable::protect(file.as_fd());
+        Ok(Self { file, path, protected })
+    }
 
     /// Starts the keeper. Returns its pid.
     fn execute(&self, settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
-        let failed = |path: &Path, source| Error::Io { op: "execute", path: path.to_owned(), source };
-        let own = Path::new("/proc/self/exe");
-        let program: OwnedFd = open(own, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|error| failed(own, error.into()))?;
-        let path = fs::read_link(own).map_err(|source| failed(own, source))?;
-        let launch = Launch { settings, sockets, path: &path };
-        let protected = executable::protect(program.as_fd());
-        let begun = protected.and_then(|protected| launch.spawn(protected.file.as_fd(), Ok(protected.mount.as_fd())));
-        // On a mount that no rule of the host's administrator names, the program may be refused too.
-        begun.or_else(|error| launch.spawn(program.as_fd(), Err(&error))).map_err(|source| failed(&path, source))
+        let launch = Launch { settings, sockets, path: &self.path };
+        let unprotected = |error: &io::Error| launch.spawn(self.file.as_fd(), Err(error));
+        let begun = match &self.protected {
+            // On a mount that no rule of the host's administrator names, the program may be refused too.
+            Ok(protected) => launch.spawn(protected.file.as_fd(), Ok(protected.mount.as_fd())).or_else(|error| unprotected(&error)),
+            Err(error) => unprotected(error),
+        };
+        begun.map_err(|source| Error::Io { op: "execute", path: self.path.clone(), source })
     }
 }
 

@@ -14,7 +14,6 @@ use nix::errno::Errno;
 
 use super::options::{Maps, Options};
 use super::{Mount, MountError, Place, Unmount, errno, make, system, unmake};
-use crate::sys;
 
 /// Makes a mount, id-mapped if its options request it.
 pub(super) fn first_mount(rootfs: &Path, wanted: &Mount, options: &Options, place: &Place) -> Result<(), MountError> {
@@ -60,7 +59,7 @@ impl Staging {
         clear(rootfs)?;
         let folder = rootfs.with_file_name(NAME);
         DirBuilder::new().mode(0o700).create(&folder).map_err(|error| system("make", &folder)(errno(&error)))?;
-        let user_namespace = sys::idmap::blocking_user_namespace(&maps.uid, &maps.gid)
+        let user_namespace = x_idmap::blocking_user_namespace(&maps.uid, &maps.gid)
             .map_err(|error| system("make a user namespace for", rootfs)(errno(&error)))?;
         Ok(Self { folder, user_namespace })
     }
@@ -75,7 +74,7 @@ impl Staging {
     }
 
     fn map(&self, source: &Place, target: &Place) -> Result<(), MountError> {
-        sys::idmap::mount_mapped(source.fd.as_fd(), target.fd.as_fd(), self.user_namespace.as_fd())
+        x_idmap::mount_mapped(source.fd.as_fd(), target.fd.as_fd(), self.user_namespace.as_fd())
             .map_err(|error| system("map the users of", &source.path)(errno(&error)))
     }
 

@@ -5,7 +5,6 @@ pub(crate) mod core_scheduling;
 pub(crate) mod descriptors;
 pub(crate) mod exec;
 pub(crate) mod fork;
-pub(crate) mod idmap;
 pub(crate) mod inherited;
 pub(crate) mod memory;
 pub(crate) mod mount;

@@ -1,9 +1,10 @@
-//! What unit tests share: temporary folders, cgroups, and waiting for what other processes do.
+//! What unit tests share: temporary folders, cgroups, inputs of parsers, and waiting for what other processes do.
 //!
 //! A folder is removed with its owner. Those of a test that was killed are removed when the next one makes its first folder: their owner
 //! holds a lock while it lives.
 
 pub mod cgroups;
+pub mod corpus;
 
 use std::fs::{self, File};
 use std::io::ErrorKind;

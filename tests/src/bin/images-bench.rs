@@ -23,10 +23,8 @@ use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
-use shim_tests::runner::EXECUTOR;
 use shim_tests::suite::{self, Runtime, Shim, Suite};
-use shim_tests::{isolation, upload};
-use tokio::task::LocalSet;
+use shim_tests::{beside, isolation, upload};
 
 use image::{Codec, Image, Size};
 use registry::Registry;
@@ -61,14 +59,10 @@ const CASES: &[(&str, Suite, Way, Codec, Size)] = &[
 ];
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("images-bench: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    beside::end(PROGRAM, run())
 }
+
+const PROGRAM: &str = "images-bench";
 
 fn run() -> Result<ExitCode> {
     let mut plan = Plan { mib: 1024, layers: 20, rounds: 3, blobs: 10_000, folder: "/var/tmp".into() };
@@ -88,16 +82,7 @@ fn run() -> Result<ExitCode> {
     }
     if let Some(folder) = one {
         plan.folder = folder;
-        return isolation::run(|| match EXECUTOR.block_on(LocalSet::new().run_until(measure(&plan))) {
-            Ok(figures) => {
-                println!("{figures}");
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                eprintln!("images-bench: {error:#}");
-                ExitCode::FAILURE
-            }
-        });
+        return beside::run(PROGRAM, measure(&plan));
     }
     suite::fetch()?;
     suite::use_manager()?;
@@ -136,18 +121,10 @@ fn rounds(plan: &Plan, folder: &Path) -> Result<Figures> {
     Ok(all)
 }
 
-/// The figures of one daemon: containerd, or the x-manager at a path.
+/// The figures of one daemon.
 fn one(plan: &Plan, folder: &Path, manager: Option<&Path>) -> Result<Value> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--one").arg(folder).args(["--blobs", &plan.blobs.to_string()]);
-    match manager {
-        Some(path) => command.env("X_DAEMON", path),
-        None => command.env_remove("X_DAEMON"),
-    };
-    let output = command.stderr(Io::inherit()).output()?;
-    ensure!(output.status.success(), "a run failed: {}", output.status);
-    let text = String::from_utf8_lossy(&output.stdout);
-    serde_json::from_str(text.lines().last().unwrap_or_default()).with_context(|| format!("figures: {text:?}"))
+    let folder = folder.to_str().context("the folder's name is no text")?;
+    beside::figures(&["--one", folder, "--blobs", &plan.blobs.to_string()], manager)
 }
 
 async fn measure(plan: &Plan) -> Result<Value> {

@@ -8,7 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio as Io};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,20 +20,15 @@ use shim_tests::client::Client;
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
 use shim_tests::eventually::eventually;
-use shim_tests::runner::EXECUTOR;
 use shim_tests::suite::{self, Runtime, Shim, Suite};
-use shim_tests::{isolation, proc};
-use tokio::task::{JoinSet, LocalSet};
+use shim_tests::{beside, proc};
+use tokio::task::JoinSet;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("manager-bench: {error:#}");
-            ExitCode::from(2)
-        }
-    }
+    beside::end(PROGRAM, run())
 }
+
+const PROGRAM: &str = "manager-bench";
 
 /// What to measure.
 #[derive(Clone, Copy)]
@@ -56,16 +51,7 @@ fn run() -> Result<ExitCode> {
         }
     }
     if one {
-        return isolation::run(|| match EXECUTOR.block_on(LocalSet::new().run_until(measure(plan))) {
-            Ok(figures) => {
-                println!("{figures}");
-                ExitCode::SUCCESS
-            }
-            Err(error) => {
-                eprintln!("manager-bench: {error:#}");
-                ExitCode::FAILURE
-            }
-        });
+        return beside::run(PROGRAM, measure(plan));
     }
     suite::fetch()?;
     suite::use_manager()?;
@@ -74,18 +60,9 @@ fn run() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The figures of one daemon: containerd, or the x-manager at a path.
+/// The figures of one daemon.
 fn figures(plan: Plan, manager: Option<&Path>) -> Result<Value> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--one", "--containers", &plan.containers.to_string(), "--rounds", &plan.rounds.to_string()]);
-    match manager {
-        Some(path) => command.env("X_DAEMON", path),
-        None => command.env_remove("X_DAEMON"),
-    };
-    let output = command.stderr(Io::inherit()).output()?;
-    ensure!(output.status.success(), "a run failed: {}", output.status);
-    let text = String::from_utf8_lossy(&output.stdout);
-    serde_json::from_str(text.lines().last().unwrap_or_default()).with_context(|| format!("figures: {text:?}"))
+    beside::figures(&["--one", "--containers", &plan.containers.to_string(), "--rounds", &plan.rounds.to_string()], manager)
 }
 
 async fn measure(plan: Plan) -> Result<Value> {

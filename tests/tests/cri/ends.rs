@@ -9,13 +9,13 @@ use shim_tests::cri::{Cri, NOT_READY, Namespace, Pod, PodSpec, READY, RUNNING, S
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
 
-use crate::namespaces::namespace;
+use crate::namespaces::{holder_of, namespace};
 use crate::upgrades::worker;
 
 const SLEEP: [&str; 2] = ["sleep", "100000"];
 
 /// Waits until processes have ended, whose pids may belong to others by then.
-async fn have_ended(processes: &[proc::Process]) -> Result<()> {
+pub(crate) async fn have_ended(processes: &[proc::Process]) -> Result<()> {
     for process in processes {
         eventually_true(format!("{} has ended", process.command), SOON, || {
             proc::Process::read(process.pid).map_or(true, |now| now.start != process.start || now.is_zombie())
@@ -99,11 +99,7 @@ pub(crate) async fn a_killed_holder_ends_the_readiness_of_its_pod(cx: Context) -
     let pod = cri.run_pod_of(&PodSpec::new("pod").pid(Namespace::Pod)).await?;
     let id = cri.run(&pod, "app", &SLEEP).await?;
     let (keeper, init) = (cri.keeper(&pod)?.pid, cri.init_of(&id).await?);
-    let shared = namespace(init, "pid")?;
-    let holder =
-        proc::children(keeper).into_iter().find(|child| child.pid != init && namespace(child.pid, "pid").ok() == Some(shared.clone()));
-    let holder = holder.context("a process that holds the pid namespace")?;
-    proc::kill_hard(holder.pid);
+    proc::kill_hard(holder_of(&cri, &pod, init)?.pid);
     cri.pod_becomes(&pod, NOT_READY).await?;
     // the kernel ends what is in the namespace
     ensure!(cri.ended(&id).await?.exit_code == 137);

@@ -81,8 +81,13 @@ pub(crate) async fn a_pod_with_one_pid_namespace_reaps_orphans(cx: Context, sand
     let inits = [cri.init_of(&containers[0]).await?, cri.init_of(&containers[1]).await?];
     ensure!(namespace(inits[0], "pid")? == namespace(inits[1], "pid")?);
     ensure!(namespace(inits[0], "pid")? != namespace(1, "pid")?);
-    let list = cri.sh(&containers[0], "ps -o args").await?;
-    ensure!(list.lines().filter(|line| line.starts_with("sleep 100000")).count() == 2, "{list}");
+    // once both have executed it
+    eventually("one sees the processes of the other", SOON, async || {
+        let list = cri.sh(&containers[0], "ps -o args").await?;
+        ensure!(list.lines().filter(|line| line.starts_with("sleep 100000")).count() == 2, "{list}");
+        Ok(())
+    })
+    .await?;
     if sandboxer == Sandboxer::Shim {
         // the image of the pause containers here, `sleep`, does not
         cri.sh(&containers[1], "(sleep 0.1 & ) ; :").await?;
@@ -131,8 +136,12 @@ pub(crate) async fn a_container_joins_the_pids_of_another(cx: Context, sandboxer
     let debugger = cri.run_of(&pod, &ContainerSpec::new("debugger", &SLEEP).pid_of(&one)).await?;
     let (first, second, third) = (cri.init_of(&one).await?, cri.init_of(&two).await?, cri.init_of(&debugger).await?);
     ensure!(namespace(first, "pid")? == namespace(third, "pid")? && namespace(first, "pid")? != namespace(second, "pid")?);
-    let list = cri.sh(&debugger, "ps -o pid,args").await?;
-    ensure!(list.lines().any(|line| line.trim().starts_with("1 sleep")), "{list}");
+    eventually("it sees the processes of its target", SOON, async || {
+        let list = cri.sh(&debugger, "ps -o pid,args").await?;
+        ensure!(list.lines().any(|line| line.trim().starts_with("1 sleep")), "{list}");
+        Ok(())
+    })
+    .await?;
     // it ends with its target
     cri.stop(&one, 0).await?;
     ensure!(cri.ended(&debugger).await?.exit_code == 137);
@@ -195,6 +204,13 @@ pub(crate) async fn a_shared_pid_namespace_is_refused_in_a_pod_without_one(cx: C
     cri.leaves_nothing().await
 }
 
+/// The process that holds the pid namespace of a pod. `init`: of a container in it.
+pub(crate) fn holder_of(cri: &Cri, pod: &Pod, init: i32) -> Result<proc::Process> {
+    let shared = namespace(init, "pid")?;
+    let is_holder = |child: &proc::Process| child.pid != init && namespace(child.pid, "pid").is_ok_and(|its| its == shared);
+    proc::children(cri.keeper(pod)?.pid).into_iter().find(is_holder).context("no process holds the pid namespace")
+}
+
 pub(crate) async fn the_process_that_holds_a_pid_namespace_shows_its_containers_nothing(cx: Context) -> Result<()> {
     let cri = Cri::start_as(&cx, Sandboxer::Shim).await?;
     let pod = cri.run_pod_of(&PodSpec::new("pod").pid(Namespace::Pod)).await?;
@@ -207,9 +223,7 @@ pub(crate) async fn the_process_that_holds_a_pid_namespace_shows_its_containers_
         ensure!(code != 0 || out.trim().is_empty(), "{file}: {code} {out:?}");
     }
     // nor does it have anything of the host mounted
-    let keeper = cri.keeper(&pod)?;
-    let holder = proc::children(keeper.pid).into_iter().find(|child| namespace(child.pid, "pid").ok() != namespace(1, "pid").ok());
-    let holder = holder.context("a process that holds the pid namespace")?;
+    let holder = holder_of(&cri, &pod, cri.init_of(&id).await?)?;
     let root = fs::read_dir(format!("/proc/{}/root", holder.pid))?.count();
     ensure!(root == 0, "{root} entries in its root");
     let open = proc::open_files(holder.pid)?;

@@ -3,9 +3,11 @@
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::cri::{Cri, NOT_READY, Pod, Sandboxer, Setup};
+use shim_tests::eventually::{SOON, eventually};
 use shim_tests::proc;
 use shim_tests::runner::needs_controller;
 
+use crate::ends::have_ended;
 use crate::namespaces::namespace;
 use crate::upgrades;
 
@@ -58,7 +60,11 @@ pub(crate) async fn what_a_keeper_starts_is_in_the_namespaces_of_the_host(cx: Co
         match number {
             0 => cri.upgrade(&next, &[&pod], &[]).await?.is_done()?,
             // the next one is started by the new keeper
-            1 => proc::kill_hard(upgrades::worker(&cri, &pod).await?),
+            1 => {
+                let worker = proc::Process::read(upgrades::worker(&cri, &pod).await?)?;
+                proc::kill_hard(worker.pid);
+                have_ended(&[worker]).await?;
+            }
             _ => {}
         }
     }
@@ -80,8 +86,13 @@ pub(crate) async fn a_stopped_pod_leaves_its_network_to_containerd(cx: Context) 
     let status = cri.pod_status(&pod).await?;
     ensure!(status.state == NOT_READY, "{status:?}");
     is_at_home(&cri, keeper)?;
-    let left: Vec<_> = proc::all().into_values().filter(|process| namespace(process.pid, "net").is_ok_and(|it| it == network)).collect();
-    ensure!(left.is_empty(), "still in the network of the pod: {left:?}");
+    eventually("no process is in the network of the pod", SOON, async || {
+        let is_there = |process: &proc::Process| namespace(process.pid, "net").is_ok_and(|it| it == network);
+        let left: Vec<_> = proc::all().into_values().filter(is_there).collect();
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await?;
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     ensure!(!mounts.contains(&network), "the network namespace is still mounted");
     // until its removal the kubelet reads the results
@@ -98,8 +109,12 @@ pub(crate) async fn a_pod_has_the_statistics_of_its_cgroup_before_its_first_cont
     cri.pod_stats(&pod).await?;
     let id = cri.run(&pod, "app", &["sh", "-c", "seq 1 200000 >/dev/null; exec sleep 1000"]).await?;
     cri.exec(&id, &["true"]).await?;
-    let (cpu, memory) = cri.pod_stats(&pod).await?;
-    ensure!(cpu > 0 && memory > 0, "{cpu} ns, {memory} bytes");
+    eventually("it has used something", SOON, async || {
+        let (cpu, memory) = cri.pod_stats(&pod).await?;
+        ensure!(cpu > 0 && memory > 0, "{cpu} ns, {memory} bytes");
+        Ok(())
+    })
+    .await?;
     cri.end_pod(&pod).await?;
     cri.leaves_nothing().await
 }

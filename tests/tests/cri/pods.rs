@@ -34,8 +34,12 @@ pub(crate) async fn a_container_of_a_pod_runs_and_reports_exec_stats_and_logs(cx
     for _probe in 0..5 {
         ensure!(cri.exec(&id, &["true"]).await?.0 == 0);
     }
-    let (cpu, memory) = cri.stats(&id).await?;
-    ensure!(cpu > 0 && memory > 0, "{cpu} ns, {memory} bytes");
+    eventually("it has used something", SOON, async || {
+        let (cpu, memory) = cri.stats(&id).await?;
+        ensure!(cpu > 0 && memory > 0, "{cpu} ns, {memory} bytes");
+        Ok(())
+    })
+    .await?;
     eventually("both lines are logged", SOON, async || {
         let log = cri.log(&pod, "app");
         ensure!(log.contains("hello\n") && log.contains("oops\n"), "{log:?}");
@@ -80,8 +84,12 @@ pub(crate) async fn all_containers_of_a_pod_share_one_shim(cx: Context, sandboxe
     for name in ["one", "two", "three"] {
         cri.run(&pod, name, &["sleep", "1000"]).await?;
     }
-    let shims = cri.shims();
-    ensure!(shims.len() == 2, "of two pods: {shims:?}");
+    eventually("there is one for each of two pods", SOON, async || {
+        let shims = cri.shims();
+        ensure!(shims.len() == 2, "{shims:?}");
+        Ok(())
+    })
+    .await?;
     cri.end_pod(&pod).await?;
     eventually("the other pod's shim is left", SOON, async || {
         let shims = cri.shims();
@@ -167,11 +175,17 @@ pub(crate) async fn an_exit_while_containerd_is_down_is_known_afterwards(cx: Con
     cri.leaves_nothing().await
 }
 
-/// The commands of the processes of a container that sleep.
-async fn sleeping_in(cri: &Cri, id: &str) -> Result<Vec<String>> {
+/// Waits until these are the commands of the processes of a container that sleep. A process that was forked executes its command later, and a killed one
+/// exits later, than the client is answered.
+async fn sleep_in(cri: &Cri, id: &str, expected: &[&str]) -> Result<()> {
     let list = r"for process in /proc/[0-9]*; do tr '\0' ' ' <$process/cmdline; echo; done 2>/dev/null | grep ^sleep | sort";
-    let (_, output) = cri.exec(id, &["sh", "-c", list]).await?;
-    Ok(output.lines().map(|line| line.trim().to_owned()).collect())
+    eventually("those that are to sleep do", SOON, async || {
+        let (_, output) = cri.exec(id, &["sh", "-c", list]).await?;
+        let found: Vec<_> = output.lines().map(str::trim).collect();
+        ensure!(found == expected, "{found:?}");
+        Ok(())
+    })
+    .await
 }
 
 /// The plugin's default is to wait for the end of the output without a limit.
@@ -187,8 +201,7 @@ pub(crate) async fn a_probe_that_takes_too_long_is_answered_and_leaves_no_descen
         let error = cri.exec_within(&id, &["sh", "-c", script], 1).await.err().context("an answer after its time")?;
         ensure!(format!("{error:#}").contains("timeout 1s exceeded"), "{error:#}");
         ensure!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
-        let left = sleeping_in(&cri, &id).await?;
-        ensure!(left == ["sleep 1001", "sleep 1002"], "{left:?}");
+        sleep_in(&cri, &id, &["sleep 1001", "sleep 1002"]).await?;
     }
     cri.end_pod(&pod).await?;
     cri.leaves_nothing().await
@@ -201,8 +214,7 @@ pub(crate) async fn what_a_probe_has_left_behind_outlives_it(cx: Context, sandbo
     let id = cri.run(&pod, "app", &["sleep", "1001"]).await?;
     let (code, _) = cri.exec(&id, &["sh", "-c", "(setsid sleep 1005 <&- >&- 2>&- &)"]).await?;
     ensure!(code == 0);
-    let left = sleeping_in(&cri, &id).await?;
-    ensure!(left == ["sleep 1001", "sleep 1005"], "{left:?}");
+    sleep_in(&cri, &id, &["sleep 1001", "sleep 1005"]).await?;
     cri.end_pod(&pod).await?;
     cri.leaves_nothing().await
 }
@@ -222,7 +234,7 @@ pub(crate) async fn a_probe_whose_output_a_child_holds_ends_with_the_drain_time_
         cri.exec(&id, &["true"]).await?;
         let before = proc::fewest_open_files(keeper).await?;
         // an output that ends in time is whole
-        let (code, output) = cri.exec(&id, &["sh", "-c", "(sleep 1; echo late) & echo now; exit 4"]).await?;
+        let (code, output) = cri.exec(&id, &["sh", "-c", "(sleep 0.2; echo late) & echo now; exit 4"]).await?;
         ensure!(code == 4 && output == "now\nlate\n", "{code} {output:?}");
         let held = cri.exec(&id, &["sh", "-c", "sleep 1000 & echo now"]).await;
         let error = held.err().map(|error| format!("{error:#}")).context("an answer without the output's end")?;

@@ -24,6 +24,8 @@ use shim_tests::stand::Stand;
 use shim_tests::ttrpc::CallError;
 use tokio::task::JoinSet;
 
+use crate::sweep::{Message, Messages};
+
 /// The bundles for which a client runs `delete`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deletes {
@@ -66,24 +68,11 @@ pub(crate) async fn every_message(cx: Context, deletes: Deletes, pids: i32, of: 
 
 /// Before and after each message of the only worker.
 pub(crate) fn plans(trace: &[String]) -> Vec<String> {
-    let mut plans = Vec::new();
-    let (mut sent, mut received) = (0, 0);
-    for line in trace {
-        let (direction, number) = match line.split(' ').next() {
-            Some("out") => {
-                sent += 1;
-                ("out", sent)
-            }
-            Some("in") => {
-                received += 1;
-                ("in", received)
-            }
-            _ => continue,
-        };
-        plans.extend(["before", "after"].map(|when| format!("{direction}:{number}:{when}:keeper")));
-    }
+    let messages = Messages::of(trace);
+    let plans = |Message { direction, number, .. }: &Message| ["before", "after"].map(|when| format!("{direction}:{number}:{when}:keeper"));
+    let mut plans: Vec<_> = messages.all.iter().flat_map(plans).collect();
     // After the last ones the keeper exits.
-    let last = [format!("out:{sent}:after:keeper"), format!("in:{received}:after:keeper")];
+    let last = messages.last().map(|place| format!("{place}:after:keeper"));
     plans.retain(|plan| !last.contains(plan));
     plans
 }

@@ -24,6 +24,48 @@ const OPTIONAL: usize = 6;
 /// The plan of a worker that must not crash.
 const SPARED: &str = "in:4000000000:before";
 
+/// The messages between the keeper and its workers, in a trace.
+pub(crate) struct Messages {
+    pub(crate) all: Vec<Message>,
+    /// How many workers there were.
+    generations: usize,
+    /// Of the last worker.
+    counts: [usize; 2],
+}
+
+/// One of them: the line of the trace, the worker, and its number among those in its direction.
+pub(crate) struct Message {
+    at: usize,
+    generation: usize,
+    pub(crate) direction: &'static str,
+    pub(crate) number: usize,
+}
+
+impl Messages {
+    pub(crate) fn of(trace: &[String]) -> Self {
+        let mut found = Self { all: Vec::new(), generations: 0, counts: [0; 2] };
+        for (at, line) in trace.iter().enumerate() {
+            let (direction, count) = match line.split(' ').next() {
+                Some("life") => {
+                    (found.generations, found.counts) = (found.generations + 1, [0; 2]);
+                    continue;
+                }
+                Some("out") => ("out", &mut found.counts[0]),
+                Some("in") => ("in", &mut found.counts[1]),
+                _ => continue,
+            };
+            *count += 1;
+            found.all.push(Message { at, generation: found.generations, direction, number: *count });
+        }
+        found
+    }
+
+    /// The places of the last worker's last messages.
+    pub(crate) fn last(&self) -> [String; 2] {
+        [format!("out:{}", self.counts[0]), format!("in:{}", self.counts[1])]
+    }
+}
+
 /// Runs the scenario once without crashes, and then once for each place to crash.
 pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> Result<()> {
     let begin = Instant::now();
@@ -31,36 +73,22 @@ pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> R
     let model = LocalSet::new().run_until(lane::model(&first, scenario)).await?;
     drop(first);
     let mut plans = Vec::new();
-    let (mut generations, mut sent, mut received) = (0, 0, 0);
-    for (at, line) in model.trace.0.iter().enumerate() {
-        let (direction, number) = match line.split(' ').next() {
-            Some("life") => {
-                (generations, sent, received) = (generations + 1, 0, 0);
-                continue;
-            }
-            Some("out") => {
-                sent += 1;
-                ("out", sent)
-            }
-            Some("in") => {
-                received += 1;
-                ("in", received)
-            }
-            _ => continue,
-        };
-        if at >= model.begun_at {
-            let others = format!("{SPARED} ").repeat(generations - 1);
-            plans.extend(["before", "torn", "after"].map(|when| (format!("{others}{direction}:{number}:{when}"), line.clone())));
+    let messages = Messages::of(&model.trace.0);
+    let others = |generation: usize| format!("{SPARED} ").repeat(generation - 1);
+    for Message { at, generation, direction, number } in &messages.all {
+        if *at >= model.begun_at {
+            let line = &model.trace.0[*at];
+            let plan = |when| (format!("{}{direction}:{number}:{when}", others(*generation)), line.clone());
+            plans.extend(["before", "torn", "after"].map(plan));
         }
     }
     // After the last message of the last worker the keeper exits and kills the worker, so a crash after it is impossible.
-    let others = format!("{SPARED} ").repeat(generations - 1);
-    let last = [format!("{others}out:{sent}:after"), format!("{others}in:{received}:after")];
+    let last = messages.last().map(|place| format!("{}{place}:after", others(messages.generations)));
     plans.retain(|(plan, _)| !last.contains(plan));
     if let Ok(plan) = env::var("X_PLAN") {
         plans = vec![(plan, "of X_PLAN".to_owned()); campaign::runs()];
     }
-    let faults = plans.len();
+    let (faults, [sent, received]) = (plans.len(), messages.counts);
     let record = Rc::new(model.record);
     let unreached = Rc::new(RefCell::new(Vec::new()));
     let failures = {

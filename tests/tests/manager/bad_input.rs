@@ -1,5 +1,6 @@
 //! What no good client sends, what is too large, and what cannot be removed: one clear error each, and nothing is left behind.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -172,20 +173,28 @@ pub(crate) async fn a_layer_of_a_hundred_thousand_entries_in_one_folder_is_unpac
     ensure!(usage.inodes == 100_002, "{usage:?}");
     // while they are removed, other calls are answered
     let other = cx.client().with_lease("m").await?;
+    let has_ended = Cell::new(false);
     let calls = async {
-        let mut longest = Duration::ZERO;
-        for number in 0..20 {
+        let (mut answered, mut longest) = (0, Duration::ZERO);
+        while !has_ended.get() && answered < 100 {
             let begin = Instant::now();
-            prepare(&other, &format!("other-{number}"), "", &[]).await?;
+            prepare(&other, &format!("other-{answered}"), "", &[]).await?;
             longest = longest.max(begin.elapsed());
+            answered += usize::from(!has_ended.get());
         }
-        Ok::<_, tonic::Status>(longest)
+        Ok::<_, tonic::Status>((answered, longest))
     };
     let begin = Instant::now();
-    let (ended, longest) = tokio::join!(async { end(client, "l").await.map(|()| begin.elapsed()) }, calls);
-    let (removed, longest) = (ended?, longest?);
-    println!("removed within {removed:.1?}, the longest Prepare meanwhile {longest:.1?}");
-    ensure!(longest < removed / 2, "a Prepare took {longest:?} of {removed:?}");
+    let removal = async {
+        let ended = end(client, "l").await;
+        has_ended.set(true);
+        ended.map(|()| begin.elapsed())
+    };
+    let (removed, calls) = tokio::join!(removal, calls);
+    let (removed, (answered, longest)) = (removed?, calls?);
+    println!("removed within {removed:.1?}, {answered} Prepares meanwhile, the longest {longest:.1?}");
+    // one may slip in before it; a disk that stalls delays them all
+    ensure!(answered > 4, "{answered} Prepares were answered within {removed:?}");
     end(cx.client(), "m").await?;
     is_empty(&cx).await
 }

@@ -1,9 +1,14 @@
 //! containerd's own command line client, of each version: every subcommand that needs no snapshot. docs/ctr.md is the table of it.
 
+#[path = "ctr/coverage.rs"]
+mod coverage;
+#[path = "ctr/stored.rs"]
+mod stored;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,9 +16,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim_tests::context::Context;
 use shim_tests::eventually::SOON;
-use shim_tests::registry::Registry;
 use shim_tests::suite::Suite;
-use shim_tests::{isolation, rootfs, upload};
+use shim_tests::{isolation, rootfs};
 
 /// One version of ctr, in a namespace of its own.
 struct Ctr<'a> {
@@ -27,13 +31,14 @@ type Row = (&'static str, &'static [Suite], fn(&Ctr<'_>) -> Result<()>);
 
 const ALL: &[Suite] = &Suite::ALL;
 const NEWEST: &[Suite] = &[Suite::Forky];
+const SINCE_1_7: &[Suite] = &[Suite::Trixie, Suite::Forky];
 /// Those that can leave it to the daemon; 1.7 does it with `--local=false`.
 const WITH_TRANSFER: &[Suite] = &[Suite::Trixie, Suite::Forky];
 const WITH_SANDBOXES: &[Suite] = &[Suite::Trixie, Suite::Forky];
 
 const ROWS: &[Row] = &[
     ("version", ALL, version),
-    ("info", NEWEST, info),
+    ("info", SINCE_1_7, info),
     ("plugins ls", ALL, plugins),
     ("plugins inspect-runtime", NEWEST, inspect_runtime),
     ("namespaces create, label, ls, remove", ALL, namespaces),
@@ -58,11 +63,20 @@ const ROWS: &[Row] = &[
     ("events, with filters", ALL, some_events),
     ("sandboxes create, ls, remove", WITH_SANDBOXES, sandboxes),
     ("run --rootfs --sandbox", WITH_SANDBOXES, run_in_sandbox),
-    ("deprecations list", NEWEST, deprecations),
-    ("content ingest, get, ls, active, label, rm", ALL, content),
-    ("images import --no-unpack, tag, ls, label, export, rm --sync", ALL, images),
-    ("leases delete --sync", ALL, leases_sync),
-    ("images import, tag, push, export, pull by the daemon", WITH_TRANSFER, transfers),
+    ("deprecations list", SINCE_1_7, deprecations),
+    ("content ingest, get, ls, active, label, rm", ALL, stored::content),
+    ("content edit", SINCE_1_7, stored::edit),
+    ("content fetch, fetch-object, push-object, prune references; images push, pull by the client", ALL, stored::pulls),
+    ("content fetch-blob", SINCE_1_7, stored::fetch_blob),
+    ("images import --no-unpack, tag, ls, label, export, rm --sync", ALL, stored::images),
+    ("images import, check, mount, mount --rw, unmount, convert", ALL, stored::unpacked),
+    ("images usage, prune", SINCE_1_7, stored::usage_and_prune),
+    ("images inspect", NEWEST, stored::inspect),
+    ("images import, tag, push, export, pull by the daemon", WITH_TRANSFER, stored::transfers),
+    ("snapshots unpack, prepare, view, mounts, commit, info, label, ls, tree, usage, diff, rm", ALL, stored::snapshots),
+    ("leases delete --sync", ALL, stored::leases_sync),
+    ("run IMAGE, --rm, --env, --cwd, --mount, --read-only, --detach, exit status", ALL, stored::run_image),
+    ("install --path", ALL, stored::install),
 ];
 
 pub(crate) async fn every_subcommand_does_what_it_does_with_containerd(cx: Context) -> Result<()> {
@@ -81,17 +95,20 @@ pub(crate) async fn every_subcommand_does_what_it_does_with_containerd(cx: Conte
                     }
                 }
             } else {
-                "no such command"
+                coverage::why_not(name, suite)?
             };
             seen.insert((number, suite), verdict);
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+    let names: Vec<_> = ROWS.iter().map(|(name, ..)| *name).collect();
+    coverage::is_complete(&names)?;
     let mut table = HEAD.to_owned();
     for (number, (name, _, _)) in ROWS.iter().enumerate() {
         let cells = Suite::ALL.map(|suite| seen[&(number, suite)]).join(" | ");
         table.push_str(&format!("| `{name}` | {cells} |\n"));
     }
+    coverage::append_others(&mut table);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ctr.md");
     if std::env::var_os("X_WRITE_DOCS").is_some() {
         fs::write(&path, &table)?;
@@ -444,7 +461,7 @@ fn checkpoint(ctr: &Ctr<'_>) -> Result<()> {
     ctr.with_container("c", || {
         let output = ctr.command(&["tasks", "checkpoint", "c"]).output()?;
         let message = String::from_utf8_lossy(&output.stderr);
-        ensure!(!output.status.success() && (message.contains("no content store") || message.contains("does not serve")), "{output:?}");
+        ensure!(!output.status.success() && (message.contains("folders only") || message.contains("does not serve")), "{output:?}");
         has(&ctr.run(&["tasks", "ls"])?, &["RUNNING"])
     })
 }
@@ -527,174 +544,4 @@ fn deprecations(ctr: &Ctr<'_>) -> Result<()> {
     let listed = ctr.run(&["deprecations", "list", "--format", "json"])?;
     ensure!(listed.trim().is_empty(), "{listed:?}");
     Ok(())
-}
-
-/// Ingests bytes under a reference, and returns their digest.
-fn ingest(ctr: &Ctr<'_>, reference: &str, bytes: &[u8]) -> Result<String> {
-    let mut child = ctr.start(&["content", "ingest", reference])?;
-    child.stdin.take().context("a pipe")?.write_all(bytes)?;
-    let output = child.wait_with_output()?;
-    ensure!(output.status.success(), "{output:?}");
-    upload::digest("sha256", bytes)
-}
-
-/// The same for bytes that are not collected, also when that happens before they have a label.
-fn keep(ctr: &Ctr<'_>, reference: &str, bytes: &[u8]) -> Result<String> {
-    retry(|| {
-        let digest = ingest(ctr, reference, bytes)?;
-        ctr.run(&["content", "label", &digest, "containerd.io/gc.root=x"])?;
-        Ok(digest)
-    })
-}
-
-fn content(ctr: &Ctr<'_>) -> Result<()> {
-    let bytes = "some content, again and again; ".repeat(100_000);
-    let digest = keep(ctr, "one", bytes.as_bytes())?;
-    let other = keep(ctr, "two", b"{}")?;
-    ensure!(ctr.run(&["content", "get", &digest])? == bytes);
-    has(&ctr.run(&["content", "ls"])?, &[&digest, &other, "3.1MB"])?;
-    ctr.run(&["content", "label", &digest, "a=1"])?;
-    ensure!(ctr.run(&["content", "ls", "--quiet", "labels.a==1"])?.trim() == digest);
-    ensure!(ctr.run(&["content", "active"])?.lines().count() <= 1);
-    let expected = upload::digest("sha256", b"something")?;
-    let mut child = ctr.start(&["content", "ingest", "--expected-digest", &expected, "three"])?;
-    child.stdin.take().context("a pipe")?.write_all(b"something else")?;
-    ensure!(!child.wait()?.success());
-    ctr.run(&["content", "rm", &digest, &other])?;
-    ensure!(ctr.run(&["content", "ls", "--quiet"])?.is_empty());
-    ctr.refused(&["content", "get", &digest], "not found")
-}
-
-/// An archive of an image without a layer that could be unpacked, and the digest of its manifest.
-fn archive(ctr: &Ctr<'_>, name: &str) -> Result<(String, String)> {
-    archive_of(ctr, name, b"no tar, but a layer", &[])
-}
-
-/// The same with a layer, and what the configuration says of it.
-fn archive_of(ctr: &Ctr<'_>, name: &str, layer: &[u8], diff_ids: &[String]) -> Result<(String, String)> {
-    let folder = PathBuf::from(ctr.file("oci"));
-    let blobs = folder.join("blobs/sha256");
-    fs::create_dir_all(&blobs)?;
-    let put = |kind: &str, bytes: &[u8]| -> Result<serde_json::Value> {
-        let digest = upload::digest("sha256", bytes)?;
-        fs::write(blobs.join(&digest[7..]), bytes)?;
-        let media_type = format!("application/vnd.oci.image.{kind}");
-        Ok(serde_json::json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() }))
-    };
-    let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
-    let config = serde_json::json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
-    let config = put("config.v1+json", config.to_string().as_bytes())?;
-    let layer = put("layer.v1.tar", layer)?;
-    let kind = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
-    let mut manifest = put("manifest.v1+json", manifest.to_string().as_bytes())?;
-    let digest = manifest["digest"].as_str().context("a digest")?.to_owned();
-    manifest["annotations"] = serde_json::json!({ "io.containerd.image.name": name, "org.opencontainers.image.ref.name": "1" });
-    fs::write(folder.join("index.json"), serde_json::json!({ "schemaVersion": 2, "manifests": [manifest] }).to_string())?;
-    fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    let file = ctr.file("oci.tar");
-    let status = Command::new("tar").arg("-cf").arg(&file).arg("-C").arg(&folder).arg(".").status()?;
-    ensure!(status.success(), "tar: {status}");
-    Ok((file, digest))
-}
-
-/// Imports an image without unpacking it.
-fn import(ctr: &Ctr<'_>, name: &str) -> Result<String> {
-    let (file, digest) = archive(ctr, name)?;
-    // newer ones leave it to the daemon otherwise
-    let local: &[&str] = if ctr.suite == Suite::Forky { &["--local"] } else { &[] };
-    ctr.run(&[&["images", "import", "--no-unpack"][..], local, &[&file[..]]].concat())?;
-    Ok(digest)
-}
-
-fn images(ctr: &Ctr<'_>) -> Result<()> {
-    let target = import(ctr, "example.com/one:1")?;
-    // 1.7's tag leaves it to the daemon too
-    let tag_local: &[&str] = if ctr.suite == Suite::Bookworm { &[] } else { &["--local"] };
-    let local: &[&str] = if ctr.suite == Suite::Forky { &["--local"] } else { &[] };
-    let tag = [&["images", "tag"][..], tag_local, &["example.com/one:1", "example.com/two:2"]].concat();
-    ctr.run(&tag)?;
-    ctr.refused(&tag, "already exists")?;
-    has(&ctr.run(&["images", "ls"])?, &["example.com/one:1", "example.com/two:2", &target, "linux/"])?;
-    ctr.run(&["images", "label", "example.com/two:2", "a=1"])?;
-    ensure!(ctr.run(&["images", "ls", "--quiet", "labels.a==1"])?.trim() == "example.com/two:2");
-    ensure!(ctr.run(&["images", "ls", "--quiet", "name~=/one/"])?.trim() == "example.com/one:1");
-    let exported = ctr.file("exported.tar");
-    ctr.run(&[&["images", "export"][..], local, &[&exported[..], "example.com/two:2"]].concat())?;
-    ensure!(fs::metadata(&exported)?.len() > 0);
-    ctr.run(&["images", "rm", "--sync", "example.com/one:1"])?;
-    ensure!(ctr.run(&["content", "ls", "--quiet"])?.lines().count() >= 3, "another image leads there");
-    ctr.run(&["images", "rm", "--sync", "example.com/two:2"])?;
-    let left = ctr.run(&["content", "ls", "--quiet"])?;
-    ensure!(left.is_empty(), "{left:?}");
-    ensure!(ctr.run(&["images", "ls", "--quiet"])?.is_empty());
-    Ok(())
-}
-
-/// Uses a registry, which serves from a thread of its own.
-fn with_registry(use_it: impl FnOnce(&Registry) -> Result<()>) -> Result<()> {
-    let (begun, begins) = std::sync::mpsc::channel();
-    let (end, ends) = tokio::sync::oneshot::channel::<()>();
-    let serving = std::thread::spawn(move || -> Result<()> {
-        let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        executor.block_on(async {
-            begun.send(Registry::start(None).await?)?;
-            // dropped, too, it is the end
-            let _ = ends.await;
-            Ok(())
-        })
-    });
-    let used = use_it(&begins.recv()?);
-    drop(end);
-    serving.join().map_err(|_| anyhow::anyhow!("the registry has panicked"))??;
-    used
-}
-
-fn transfers(ctr: &Ctr<'_>) -> Result<()> {
-    let by_daemon: &[&str] = if ctr.suite == Suite::Trixie { &["--local=false"] } else { &[] };
-    let folder = PathBuf::from(ctr.file("layer"));
-    fs::create_dir_all(&folder)?;
-    // content that another namespace has is not fetched
-    fs::write(folder.join("file"), &ctr.namespace)?;
-    let layer = Command::new("tar").arg("-c").arg("-C").arg(&folder).arg("file").output()?.stdout;
-    let (file, digest) = archive_of(ctr, "example.com/one:1", &layer, &[upload::digest("sha256", &layer)?])?;
-    let images = |command: &str, words: &[&str]| ctr.run(&[&["images", command][..], by_daemon, words].concat());
-    images("import", &[&file])?;
-    ensure!(ctr.run(&["snapshots", "ls"])?.lines().count() == 2, "{}", ctr.run(&["snapshots", "ls"])?);
-    has(&ctr.run(&["images", "check"])?, &["example.com/one:1", "complete (2/2)"])?;
-    with_registry(|registry| {
-        let name = registry.image("app:1");
-        images("tag", &["example.com/one:1", &name])?;
-        images("push", &[&name])?;
-        ensure!(registry.requests().iter().any(|request| request == "PUT /v2/app/manifests/1"), "{:?}", registry.requests());
-        let exported = ctr.file("by-daemon.tar");
-        images("export", &[&exported, &name])?;
-        let listed = finish({
-            let mut tar = Command::new("tar");
-            tar.arg("-tf").arg(&exported);
-            tar
-        })?;
-        has(&listed, &["oci-layout", "index.json", "manifest.json", &format!("blobs/sha256/{}", &digest[7..])])?;
-        for name in ["example.com/one:1", &name] {
-            ctr.run(&["images", "rm", "--sync", name])?;
-        }
-        ensure!(ctr.run(&["content", "ls", "--quiet"])?.is_empty());
-        let shown = images("pull", &[&name])?;
-        has(&shown, &["layer (", "complete"])?;
-        has(&ctr.run(&["images", "check"])?, &[&name, "complete (2/2)"])?;
-        has(&ctr.run(&["images", "ls"])?, &[&name, &digest])?;
-        ctr.run(&["images", "rm", "--sync", &name])?;
-        images("import", &[&exported])?;
-        ensure!(ctr.run(&["images", "ls", "--quiet"])?.trim() == name);
-        ctr.run(&["images", "rm", "--sync", &name])?;
-        ensure!(ctr.run(&["snapshots", "ls"])?.lines().count() == 1 && ctr.run(&["leases", "ls", "--quiet"])?.is_empty());
-        Ok(())
-    })
-}
-
-fn leases_sync(ctr: &Ctr<'_>) -> Result<()> {
-    let digest = ingest(ctr, "one", b"nothing leads here")?;
-    ctr.run(&["leases", "create", "--id", "mine"])?;
-    ctr.run(&["leases", "delete", "--sync", "mine"])?;
-    ctr.refused(&["content", "get", &digest], "not found")
 }

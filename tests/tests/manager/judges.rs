@@ -78,6 +78,7 @@ fn layer(folder: &Path, script: &str, entries: &str) -> Result<Vec<u8>> {
         for (key, value) in [("security.capability", &capability[..]), ("user.note", b"a note\0")] {
             rustix::fs::setxattr(&capable, key, value, rustix::fs::XattrFlags::empty())?;
         }
+        rustix::fs::setxattr(tree.join("etc/dir"), "user.note", b"of a folder", rustix::fs::XattrFlags::empty())?;
     }
     let tar = "tar --format=pax --pax-option=delete=atime,delete=ctime --sort=name --sparse --xattrs --xattrs-include='*' --numeric-owner";
     shell(&tree, &format!("{tar} -cf ../layer.tar {entries}"))?;

@@ -9,13 +9,17 @@ use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, ListSnapshotsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, UsageRequest,
 };
 use containerd_client::services::v1::{ApplyRequest, DeleteRequest, PluginsRequest};
+use containerd_client::to_any;
+use containerd_client::types::transfer::{ImageStore, UnpackConfiguration};
 use containerd_client::types::{Descriptor, Mount};
 use shim_tests::client::{Answer, Client};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::isolation;
 use shim_tests::operator::Own;
+use shim_tests::registry::Registry;
 use shim_tests::suite::Suite;
+use shim_tests::transfers::{self, OCI_LAYER, Parts, registry_of, sha256, tar, this_machine, transfer};
 use shim_tests::upload::store;
 use tonic::Code;
 
@@ -172,6 +176,119 @@ pub(crate) async fn a_snapshotter_of_another_process_is_used_like_ones_own(cx: C
     client.api().snapshots().cleanup(client.request(request)).await?;
     ensure!(backend.keys().await? == ["else/7/left", "other", "parent"], "{:?}", backend.keys().await?);
     Ok(())
+}
+
+pub(crate) async fn layers_that_a_proxy_has_by_itself_are_neither_fetched_nor_unpacked(cx: Context) -> Result<()> {
+    let backend = Backend::start(&cx.folder().join("backend")).await?;
+    let mut own = Own::new(&cx.folder().join("own"), &settings(&backend.address()))?;
+    let client = &own.start().await?.with_lease("test").await?;
+    let far = Client::connect(&backend.address(), "default").await?;
+    let target = |name: &str| std::collections::HashMap::from([("containerd.io/snapshot.ref".to_owned(), name.to_owned())]);
+    // as a snapshotter that fetches lazily makes them
+    let layers = ["sha256:one", "sha256:two"];
+    for (name, parent) in [(layers[0], ""), (layers[1], layers[0])] {
+        let mounts = prepare(&far, "overlayfs", "making", parent).await?;
+        let upper = mounts[0].options.iter().find_map(|option| option.strip_prefix("upperdir=")).unwrap_or(&mounts[0].source);
+        fs::write(Path::new(upper).join(&name[7..]), name)?;
+        let (snapshotter, key, name) = ("overlayfs".to_owned(), "making".to_owned(), name.to_owned());
+        let request = CommitSnapshotRequest { snapshotter, key, labels: target(&name), name };
+        far.api().snapshots().commit(far.request(request)).await?;
+    }
+    let ask = async |key: &str, parent: &str, name: &str| {
+        let (snapshotter, key, parent) = (FAR.to_owned(), key.to_owned(), parent.to_owned());
+        let request = PrepareSnapshotRequest { snapshotter, key, parent, labels: target(name) };
+        client.api().snapshots().prepare(client.request(request)).await.map(drop)
+    };
+    for (name, parent) in [(layers[0], ""), (layers[1], layers[0])] {
+        // the second time the row is found
+        for _ in 0..2 {
+            let there = ask("extract", parent, name).await.expect_err("it is there");
+            ensure!(there.code() == Code::AlreadyExists && there.message().contains(name), "{there}");
+        }
+        let request = StatSnapshotRequest { snapshotter: FAR.to_owned(), key: name.to_owned() };
+        let info = client.api().snapshots().stat(client.request(request)).await?.into_inner().info.unwrap_or_default();
+        ensure!(info.parent == parent && info.kind == 3, "{info:?}");
+    }
+    ensure!(list(client, FAR).await? == layers, "nothing else has a row");
+    let usage = UsageRequest { snapshotter: FAR.to_owned(), key: layers[1].to_owned() };
+    ensure!(client.api().snapshots().usage(client.request(usage)).await?.into_inner().inodes == 2);
+    // a container on them
+    let mounts = prepare(client, FAR, "c", layers[1]).await?;
+    let lowers = mounts[0].options.iter().find_map(|option| option.strip_prefix("lowerdir=")).context("an overlay")?;
+    let seen: Vec<_> = lowers.split(':').zip(["two", "one"]).map(|(lower, name)| Path::new(lower).join(name).exists()).collect();
+    ensure!(seen == [true, true], "{mounts:?}");
+    // what nothing holds is removed there too, under the proxy's names
+    let lease = DeleteRequest { id: "test".to_owned(), sync: true };
+    client.api().leases().delete(client.request(lease)).await?;
+    ensure!(list(client, FAR).await?.is_empty());
+    eventually("the proxy has removed them", SOON, async || {
+        let keys = backend.keys().await?;
+        ensure!(keys.is_empty(), "{keys:?}");
+        Ok(())
+    })
+    .await
+}
+
+pub(crate) async fn a_transfer_unpacks_with_a_snapshotter_of_another_process(cx: Context) -> Result<()> {
+    let backend = Backend::start(&cx.folder().join("backend")).await?;
+    let mut own = Own::new(&cx.folder().join("own"), &settings(&backend.address()))?;
+    let client = &own.start().await?;
+    // holds containers' snapshots, and nothing of images
+    let leased = &own.client().await?.with_lease("test").await?;
+    let registry = Registry::start(None).await?;
+    let mut parts = Parts::default();
+    let architecture = this_machine().architecture;
+    let tars = ["one", "two"].map(|name| tar(&[(name, name.as_bytes())]));
+    let diff_ids: Vec<_> = tars.iter().map(|tar| sha256(tar)).collect();
+    let layers: Vec<_> = tars.into_iter().map(|tar| parts.put(OCI_LAYER, tar)).collect();
+    let whole = parts.manifest(&architecture, &layers, &diff_ids);
+    parts.publish(&registry, "app:1", &whole)?;
+    let pull = async |name: &str| {
+        let unpacks = vec![UnpackConfiguration { platform: Some(this_machine()), snapshotter: FAR.to_owned() }];
+        let store = ImageStore { unpacks, ..transfers::store(name) };
+        transfer(client, to_any(&registry_of(name)), to_any(&store), "").await
+    };
+    let files = async |key: &str, parent: &str, names: &[&str]| {
+        let mounts = prepare(leased, FAR, key, parent).await?;
+        let lowers = mounts[0].options.iter().find_map(|option| option.strip_prefix("lowerdir=")).context("an overlay")?;
+        ensure!(lowers.split(':').zip(names).all(|(lower, name)| Path::new(lower).join(name).exists()), "{mounts:?}");
+        remove(leased, key).await?;
+        anyhow::Ok(())
+    };
+    let chain = sha256(format!("{} {}", diff_ids[0], diff_ids[1]).as_bytes());
+    // it has none of them
+    pull(&registry.image("app:1")).await?;
+    ensure!(diff_ids.iter().all(|digest| registry.fetches(digest) == 1), "{:?}", registry.requests());
+    let mut expected = vec![diff_ids[0].clone(), chain.clone()];
+    expected.sort();
+    ensure!(list(client, FAR).await? == expected && list(client, "overlayfs").await?.is_empty());
+    files("c", &chain, &["two", "one"]).await?;
+    transfers::remove(client, &registry.image("app:1")).await?;
+    ensure!(list(client, FAR).await?.is_empty());
+    eventually("the proxy has removed them", SOON, async || {
+        let keys = backend.keys().await?;
+        ensure!(keys.is_empty(), "{keys:?}");
+        Ok(())
+    })
+    .await?;
+    // it has the lower one by itself: that is not fetched
+    let far = Client::connect(&backend.address(), "default").await?;
+    let mounts = prepare(&far, "overlayfs", "making", "").await?;
+    fs::write(Path::new(&mounts[0].source).join("one"), "one")?;
+    let labels = std::collections::HashMap::from([("containerd.io/snapshot.ref".to_owned(), diff_ids[0].clone())]);
+    let (snapshotter, key, name) = ("overlayfs".to_owned(), "making".to_owned(), diff_ids[0].clone());
+    far.api().snapshots().commit(far.request(CommitSnapshotRequest { snapshotter, key, name, labels })).await?;
+    pull(&registry.image("app:1")).await?;
+    ensure!([1, 2] == [0, 1].map(|layer: usize| registry.fetches(&diff_ids[layer])), "{:?}", registry.requests());
+    ensure!(list(client, FAR).await? == expected && backend.keys().await?.contains(&diff_ids[0]));
+    files("d", &chain, &["two", "one"]).await?;
+    transfers::remove(client, &registry.image("app:1")).await?;
+    eventually("the proxy has removed them", SOON, async || {
+        let keys = backend.keys().await?;
+        ensure!(keys.is_empty(), "{keys:?}");
+        Ok(())
+    })
+    .await
 }
 
 pub(crate) async fn a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_else(cx: Context) -> Result<()> {

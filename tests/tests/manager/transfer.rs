@@ -89,6 +89,75 @@ pub(crate) async fn an_image_that_ten_clients_pull_is_fetched_once(cx: Context) 
     Ok(())
 }
 
+pub(crate) async fn a_registry_that_is_slow_holds_up_no_other(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let (slow, quick) = (Registry::start(None).await?, Registry::start(None).await?);
+    let mut parts = Parts::default();
+    let large = "x".repeat(1_200_000);
+    let layer = tar(&[(&own(&cx, "base"), large.as_bytes())]);
+    let diff_id = sha256(&layer);
+    let layer = parts.put(OCI_LAYER, layer);
+    let manifest = parts.manifest(&this_machine().architecture, &[layer], std::slice::from_ref(&diff_id));
+    for registry in [&slow, &quick] {
+        parts.publish(registry, "app:1", &manifest)?;
+    }
+    slow.hold(&diff_id);
+    let waiting = tokio::spawn({
+        let (client, name) = (client.clone(), slow.image("app:1"));
+        async move { pull(&client, &name).await }
+    });
+    eventually("half of the layer is here", SOON, async || {
+        let statuses = client.api().content().list_statuses(client.request(ListStatusesRequest::default())).await?.into_inner().statuses;
+        ensure!(statuses.iter().any(|status| status.r#ref.contains(&diff_id) && status.offset > 0), "{statuses:?}");
+        Ok(())
+    })
+    .await?;
+    pull(client, &quick.image("app:1")).await?;
+    ensure!(!waiting.is_finished() && snapshots(client).await?.len() == 1);
+    slow.release();
+    within("the slow one ends", SOON, waiting).await???;
+    for registry in [&slow, &quick] {
+        remove(client, &registry.image("app:1")).await?;
+    }
+    nothing_is_left(client).await
+}
+
+pub(crate) async fn a_layer_that_waits_for_its_turn_has_no_file_open(cx: Context) -> Result<()> {
+    // its downloads would hold up those of other tests
+    let cx = cx.with_own_daemon().await?;
+    let client = cx.client();
+    let registry = Registry::start(None).await?;
+    let mut parts = Parts::default();
+    let large = "x".repeat(1_200_000);
+    let layers: Vec<_> = (0..12).map(|number| tar(&[(&own(&cx, &format!("layer-{number}")), large.as_bytes())])).collect();
+    let diff_ids: Vec<_> = layers.iter().map(|layer| sha256(layer)).collect();
+    let descriptors: Vec<_> = layers.into_iter().map(|layer| parts.put(OCI_LAYER, layer)).collect();
+    let manifest = parts.manifest(&this_machine().architecture, &descriptors, &diff_ids);
+    parts.publish(&registry, "app:1", &manifest)?;
+    diff_ids.iter().for_each(|digest| registry.hold(digest));
+    let name = registry.image("app:1");
+    let pulling = tokio::spawn({
+        let (client, name) = (client.clone(), name.clone());
+        async move { pull(&client, &name).await }
+    });
+    let begun = async || {
+        let statuses = client.api().content().list_statuses(client.request(ListStatusesRequest::default())).await?.into_inner().statuses;
+        anyhow::Ok(statuses.into_iter().filter(|status| status.r#ref.starts_with("layer-")).collect::<Vec<_>>())
+    };
+    eventually("three layers arrive", SOON, async || {
+        let begun = begun().await?;
+        ensure!(begun.iter().filter(|status| status.offset > 0).count() == 3, "{begun:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(begun().await?.len() == 3, "{:?}", begun().await?);
+    registry.release();
+    within("the pull ends", SOON, pulling).await???;
+    ensure!(snapshots(client).await?.len() == 12);
+    remove(client, &name).await?;
+    nothing_is_left(client).await
+}
+
 pub(crate) async fn a_pull_that_is_cancelled_leaves_nothing(cx: Context) -> Result<()> {
     let client = cx.client();
     let registry = Registry::start(None).await?;
@@ -128,7 +197,7 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
     let client = cx.client();
     let registry = Registry::start(None).await?;
     let architecture = this_machine().architecture;
-    let cases: [Wrong; 9] = [
+    let cases: [Wrong; 13] = [
         ("schema1", "schema 1", |parts, _| {
             let old = json!({ "schemaVersion": 1, "name": "x", "fsLayers": [{ "blobSum": "sha256:0" }], "history": [] });
             parts.put("application/vnd.docker.distribution.manifest.v1+prettyjws", old.to_string().into_bytes())
@@ -170,6 +239,17 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
             let architecture = this_machine().architecture;
             parts.manifest(&architecture, &[layer], &[sha256(b"something else")])
         }),
+        ("unknown-manifest", "404", |parts, own| {
+            let mut image = parts.image("amd64", &[own]);
+            image["digest"] = json!(sha256(own.as_bytes()));
+            parts.index(&[image])
+        }),
+        ("unknown-layer", "404", |parts, own| {
+            let layer = json!({ "mediaType": OCI_LAYER, "digest": sha256(own.as_bytes()), "size": 7 });
+            parts.manifest(&this_machine().architecture, &[layer], &[sha256(b"x")])
+        }),
+        ("longer-than-it-says", "bytes instead of", |parts, own| resized(parts, own, |size| size - 1)),
+        ("shorter-than-it-says", "bytes instead of", |parts, own| resized(parts, own, |size| size + 1)),
     ];
     for (what, sentence, make) in cases {
         let mut parts = Parts::default();
@@ -193,6 +273,15 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
     pull(client, &registry.image("bytes:1")).await?;
     remove(client, &registry.image("bytes:1")).await?;
     nothing_is_left(client).await
+}
+
+/// An image whose layer has another size than its descriptor says.
+fn resized(parts: &mut Parts, own: &str, change: fn(usize) -> usize) -> Value {
+    let layer = tar(&[(own, b"x")]);
+    let (size, diff_id) = (layer.len(), sha256(&layer));
+    let mut layer = parts.put(OCI_LAYER, layer);
+    layer["size"] = json!(change(size));
+    parts.manifest(&this_machine().architecture, &[layer], &[diff_id])
 }
 
 pub(crate) async fn odd_images_are_pulled_as_far_as_they_can_be(cx: Context) -> Result<()> {

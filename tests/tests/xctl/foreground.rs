@@ -144,6 +144,10 @@ pub(crate) async fn mistakes_are_refused_with_what_to_do(cx: Context) -> Result<
         (&["run", "nosuchimage"], 125, "docker.io/library/nosuchimage:latest"),
         (&["--address", "/nonexistent.sock", "ps"], 1, "cannot connect to /nonexistent.sock"),
         (&["frobnicate"], 2, "unrecognized subcommand"),
+        (&["inspect", "none"], 1, "there is neither a container nor an image none in namespace"),
+        (&["export", "--output", "/dev/null", "busybox"], 1, "is not overwritten"),
+        // port 1 has no registry, and nothing was transferred
+        (&["pull", "127.0.0.1:1/app:1"], 1, "pull 127.0.0.1:1/app:1: "),
     ] {
         let mut command = Command::new(suite::xctl()?);
         if words[0] != "--address" {
@@ -152,9 +156,9 @@ pub(crate) async fn mistakes_are_refused_with_what_to_do(cx: Context) -> Result<
         let output = command.args(["--namespace", cx.client().namespace()]).args(words).stdin(Stdio::null()).output()?;
         let text = output_text(&output);
         ensure!(output.status.code() == Some(status) && text.contains(sentence), "{words:?}: {output:?}");
-        ensure!(!text.contains("panicked"), "{text}");
+        ensure!(!text.contains("panicked") && !text.contains("a second"), "{text}");
     }
-    xctl.prints(&["events", "--help"])?;
+    ensure!(xctl.prints(&["events", "--help"])?.contains("Examples:\n  xctl events\n"));
     xctl.leaves_nothing().await
 }
 
@@ -167,6 +171,12 @@ pub(crate) async fn completions_and_manual_pages_are_made(cx: Context) -> Result
     fs::create_dir(&folder)?;
     xctl.prints(&["man", &folder.to_string_lossy()])?;
     let page = fs::read_to_string(folder.join("xctl-run.1"))?;
-    ensure!(page.contains("tmpfs") && folder.join("xctl.1").exists(), "{page}");
+    ensure!(page.contains("tmpfs") && page.contains("xctl run \\-\\-rm") && folder.join("xctl.1").exists(), "{page}");
+    // as `xctl completion bash | head` ends it
+    let mut completion = xctl.command(&["completion", "bash"]);
+    let mut child = completion.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    drop(child.stdout.take());
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     Ok(())
 }

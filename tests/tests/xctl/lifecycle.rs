@@ -66,6 +66,37 @@ pub(crate) async fn a_detached_container_writes_its_log_without_a_daemon(cx: Con
     xctl.leaves_nothing().await
 }
 
+/// As logrotate's `copytruncate` does it.
+pub(crate) async fn a_log_that_is_cut_goes_on_at_its_start(cx: Context) -> Result<()> {
+    let xctl = Xctl::new(&cx)?;
+    let script = "i=0; while ! test -e /mnt/stop; do echo line $i; i=$((i + 1)); sleep 0.05; done";
+    let volume = format!("{}:/mnt", cx.folder().display());
+    started(&xctl, &["--name", "talks", "-v", &volume], &["sh", "-c", script])?;
+    let log = xctl.logs().join(cx.client().namespace()).join("talks.log");
+    let mut follower = Child::piped(&xctl.command(&["logs", "--follow", "talks"]))?;
+    while follower.line().await? != "line 5" {}
+    fs::File::options().write(true).open(&log)?.set_len(0)?;
+    let first = async || -> Result<u32> {
+        let text = fs::read_to_string(&log)?;
+        let line = text.lines().next().context("no line yet")?;
+        line.strip_prefix("line ").with_context(|| format!("{line:?}"))?.parse().with_context(|| format!("{line:?}"))
+    };
+    eventually("the file begins with a later line", SOON, async || {
+        let first = first().await?;
+        ensure!(first > 5, "{first}");
+        Ok(())
+    })
+    .await?;
+    let later = first().await? + 5;
+    // one that has not looked meanwhile begins in the middle of a line
+    while follower.line().await?.strip_prefix("line ").and_then(|number| number.parse().ok()).is_none_or(|number: u32| number < later) {}
+    fs::write(cx.folder().join("stop"), "")?;
+    exited(&xctl, "talks", 0).await?;
+    ensure!(follower.status().await? == 0);
+    xctl.prints(&["rm", "talks"])?;
+    xctl.leaves_nothing().await
+}
+
 pub(crate) async fn a_container_is_listed_inspected_started_again_and_removed(cx: Context) -> Result<()> {
     let xctl = Xctl::new(&cx)?;
     let created = xctl.container("create", &["--name", "job", "--label", "a=b"], &["sh", "-c", "echo run; sleep 1000"])?.output()?;

@@ -56,11 +56,21 @@ struct Inner {
     sessions: Mutex<HashMap<Lease, Session>>,
     /// One call at a time begins jobs.
     looking: tokio::sync::Mutex<()>,
+    /// How many blobs were looked at.
+    #[cfg(test)]
+    examined: std::sync::atomic::AtomicUsize,
 }
 
 impl Ahead {
     pub(crate) fn new(unpacker: Unpacker, is_on: bool) -> Self {
-        Self(Arc::new(Inner { unpacker, is_on, sessions: Mutex::default(), looking: tokio::sync::Mutex::default() }))
+        Self(Arc::new(Inner {
+            unpacker,
+            is_on,
+            sessions: Mutex::default(),
+            looking: tokio::sync::Mutex::default(),
+            #[cfg(test)]
+            examined: std::sync::atomic::AtomicUsize::default(),
+        }))
     }
 
     /// A client has written a blob, or finds it there, or reads it: it may be a manifest or a config.
@@ -190,7 +200,13 @@ impl Ahead {
     async fn look(&self, key: &Lease) {
         let _one_at_a_time = self.0.looking.lock().await;
         let Some(documents) = lock(&self.0.sessions).get(key).and_then(Session::to_look_at) else { return };
-        for digest in documents {
+        for (digest, config) in documents {
+            // it is not read again before
+            if let Some(config) = config
+                && !self.0.unpacker.content.has(&key.0, &config).await.unwrap_or_default()
+            {
+                continue;
+            }
             match self.examine(key, &digest).await {
                 Ok(document) => {
                     if let Some(session) = lock(&self.0.sessions).get_mut(key) {
@@ -203,12 +219,10 @@ impl Ahead {
     }
 
     async fn examine(&self, key: &Lease, digest: &Digest) -> Result<Document> {
+        #[cfg(test)]
+        self.0.examined.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (unpacker, namespace) = (&self.0.unpacker, &key.0);
-        if !plan::is_json(&unpacker.content, namespace, digest).await? {
-            return Ok(Document::Other);
-        }
-        let bytes = plan::document(&unpacker.content, namespace, digest, "manifest").await?;
-        let Ok(config) = plan::config_of(digest, &bytes) else { return Ok(Document::Other) };
+        let Some(config) = plan::config_of(&unpacker.content, namespace, digest).await? else { return Ok(Document::Other) };
         if !unpacker.content.has(namespace, &config).await? {
             return Ok(Document::Manifest { config });
         }

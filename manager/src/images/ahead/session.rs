@@ -58,12 +58,14 @@ impl Session {
         !std::mem::replace(&mut self.is_meant, true)
     }
 
-    /// What is to be looked at, if the client unpacks.
-    pub(super) fn to_look_at(&self) -> Option<Vec<Digest>> {
-        let is_open = |document: &Document| matches!(document, Document::New | Document::Manifest { .. });
-        let open =
-            || self.documents.iter().filter(|(_digest, document)| is_open(document)).map(|(digest, _document)| digest.clone()).collect();
-        self.is_meant.then(open)
+    /// What is to be looked at, if the client unpacks: a manifest that was looked at once its config is there, which is named too.
+    pub(super) fn to_look_at(&self) -> Option<Vec<(Digest, Option<Digest>)>> {
+        let open = |(digest, document): &(Digest, Document)| match document {
+            Document::New => Some((digest.clone(), None)),
+            Document::Manifest { config } => Some((digest.clone(), Some(config.clone()))),
+            Document::Other => None,
+        };
+        self.is_meant.then(|| self.documents.iter().filter_map(open).collect())
     }
 
     /// Notes what a blob is.

@@ -96,6 +96,40 @@ fn zipped_all(tars: &[Vec<u8>]) -> Vec<Vec<u8>> {
 }
 
 #[tokio::test]
+async fn what_is_too_long_for_a_manifest_is_not_looked_at() {
+    let Some(client) = Client::new("ahead-long").await else { return };
+    let config = digest_of(b"config");
+    for (spaces, is_looked_at) in [(0, true), (plan::LOOKED_AT_BYTES, false)] {
+        let text = format!(r#"{{"config":{{"digest":"{config}","size":1}},"layers":[]}}{}"#, " ".repeat(spaces));
+        let manifest = client.f.blob(text.as_bytes()).await;
+        let found = plan::config_of(&client.f.unpacker.content, &namespace(), &manifest).await.expect("read");
+        assert_eq!(found.is_some(), is_looked_at, "{spaces}");
+    }
+}
+
+#[tokio::test]
+async fn a_manifest_is_read_again_only_when_its_config_is_there() {
+    let Some(client) = Client::new("ahead-again").await else { return };
+    let missing = digest_of(b"config");
+    let text = format!(r#"{{"config":{{"digest":"{missing}","size":6}},"layers":[]}}"#);
+    let manifest = client.f.blob(text.as_bytes()).await;
+    client.seen(&manifest);
+    let key = (namespace(), LEASE.to_owned());
+    lock(&client.ahead.0.sessions).get_mut(&key).expect("a session").mean();
+    client.ahead.look(&key).await;
+    let state = || lock(&client.ahead.0.sessions).get(&key).expect("a session").to_look_at();
+    assert_eq!(state(), Some(vec![(manifest.clone(), Some(missing))]));
+    // another read would find that it is gone
+    client.f.unpacker.content.delete(&namespace(), &manifest, None).await.expect("deleted");
+    let reads = client.ahead.0.examined.load(std::sync::atomic::Ordering::Relaxed);
+    client.ahead.look(&key).await;
+    assert_eq!(client.ahead.0.examined.load(std::sync::atomic::Ordering::Relaxed), reads);
+    client.f.blob(b"config").await;
+    client.ahead.look(&key).await;
+    assert_eq!(client.ahead.0.examined.load(std::sync::atomic::Ordering::Relaxed), reads + 1);
+}
+
+#[tokio::test]
 async fn nothing_is_unpacked_before_a_client_shows_that_it_unpacks_and_nothing_recorded_before_it_asks() {
     let Some(client) = Client::new("ahead").await else { return };
     let (tars, blobs) = (layers(), zipped_all(&layers()));

@@ -93,7 +93,7 @@ impl Host {
             config.origin.authority(),
             config.origin.scheme,
             reference.to_owned(),
-            options.limits.head,
+            options.limits.credential,
         );
         Ok(Self {
             prefix: config.prefix,

@@ -217,29 +217,9 @@ impl Reader<'_> {
     }
 }
 
-/// A duration as Go writes it: numbers with units, like `1m30s` or `1.5s`.
+/// A duration that is not negative.
 pub(crate) fn duration(text: &str) -> Option<Duration> {
-    let mut rest = text;
-    let mut total = 0.0;
-    loop {
-        let digits = rest.find(|character: char| !character.is_ascii_digit() && character != '.')?;
-        let number: f64 = rest[..digits].parse().ok()?;
-        let letters = rest[digits..].find(|character: char| character.is_ascii_digit() || character == '.').unwrap_or(rest.len() - digits);
-        let unit = match &rest[digits..digits + letters] {
-            "ns" => 1e-9,
-            "us" | "µs" | "μs" => 1e-6,
-            "ms" => 1e-3,
-            "s" => 1.0,
-            "m" => 60.0,
-            "h" => 3600.0,
-            _ => return None,
-        };
-        total += number * unit;
-        rest = &rest[digits + letters..];
-        if rest.is_empty() {
-            return Duration::try_from_secs_f64(total).ok();
-        }
-    }
+    u64::try_from(crate::duration::nanos(text)?).ok().map(Duration::from_nanos)
 }
 
 #[cfg(test)]

@@ -58,9 +58,10 @@ pub(super) struct Request<'a> {
 pub(super) enum Payload<'a> {
     None,
     Whole(Bytes),
-    /// All of a source.
+    /// A source from that offset to its size.
     Source {
         source: &'a dyn Source,
+        offset: u64,
         size: u64,
         progress: Progress<'a>,
     },
@@ -114,8 +115,8 @@ impl Client {
         }
         let mut answer = std::pin::pin!(connection.sender.send_request(message));
         let (mut limit, mut early) = (limit, None);
-        if let (Some(feed), Payload::Source { source, size, progress }) = (feed, &request.payload) {
-            let mut sent = 0;
+        if let (Some(feed), Payload::Source { source, offset, size, progress }) = (feed, &request.payload) {
+            let mut sent = *offset;
             while sent < *size && early.is_none() {
                 let chunk = source.read(sent, CHUNK_BYTES).await.map_err(|error| SendError::Other(Why::Source(error)))?;
                 if chunk.is_empty() || chunk.len() as u64 > *size - sent {
@@ -206,7 +207,7 @@ impl Idle {
 /// Why there is no answer.
 #[derive(Debug)]
 pub(super) enum SendError {
-    /// The server does not speak TLS.
+    /// The server has answered with something that is no TLS.
     NotTls(String),
     Other(Why),
 }
@@ -247,9 +248,9 @@ impl Payload<'_> {
         match self {
             Self::None => (Outgoing::Whole(Bytes::new()), None),
             Self::Whole(bytes) => (Outgoing::Whole(bytes.clone()), None),
-            Self::Source { size, .. } => {
+            Self::Source { offset, size, .. } => {
                 let (feed, parts) = mpsc::channel(1);
-                (Outgoing::Parts { parts, left: *size }, Some(feed))
+                (Outgoing::Parts { parts, left: size.saturating_sub(*offset) }, Some(feed))
             }
         }
     }

@@ -17,6 +17,8 @@ mod challenge;
 mod document;
 mod error;
 mod fetch;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod host;
 mod hosts;
 mod hosts_file;

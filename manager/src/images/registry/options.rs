@@ -34,6 +34,8 @@ pub(crate) struct Limits {
     pub(crate) connect: Duration,
     /// For the head of an answer.
     pub(crate) head: Duration,
+    /// For a credential: a user may be asked.
+    pub(crate) credential: Duration,
     /// For the next bytes of a body.
     pub(crate) idle: Duration,
     /// For all of a blob, with `bytes_per_second` as the least speed on top.
@@ -51,7 +53,7 @@ pub(crate) struct Limits {
 /// A source of credentials, such as the client of a call.
 #[async_trait]
 pub(crate) trait Credentials: Send + Sync {
-    /// The credential for a host, if there is one.
+    /// The credential for a host, if there is one. It is waited for as long as [`Limits::credential`] says.
     async fn of(&self, challenge: &Challenge<'_>) -> crate::error::Result<Option<Secret>>;
 }
 
@@ -104,6 +106,7 @@ impl Default for Limits {
         Self {
             connect: Duration::from_secs(30),
             head: Duration::from_secs(60),
+            credential: Duration::from_secs(300),
             idle: Duration::from_secs(60),
             total: Duration::from_secs(600),
             bytes_per_second: 10 << 10,

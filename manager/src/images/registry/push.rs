@@ -4,14 +4,16 @@
 //! blob: HEAD ─▶ there: Exists
 //!         └▶ POST ?mount=&from= ─▶ 201: Mounted
 //!                     └▶ refused: POST ─▶ Location ─▶ PUT ?digest= ─▶ Uploaded
+//!                                                      └▶ broken: GET ─▶ Range: 0-N ─▶ PATCH, from N + 1 on ─▶ PUT ?digest=
 //! ```
-//! An upload that breaks is repeated from its first byte. Only the first host that may be pushed to is.
+//! An upload that breaks goes on behind what the registry has kept of it, if it says so, and else begins again. Only the first host that may be
+//! pushed to is.
 
 use std::sync::Arc;
 
 use hyper::Method;
 use hyper::body::Bytes;
-use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use hyper::header::{ACCEPT, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue};
 use log::debug;
 
 use super::attempts::{Task, first_of};
@@ -127,13 +129,64 @@ impl Registry {
         source: &dyn Source,
         progress: Progress<'_>,
     ) -> Result<(), Why> {
-        let url = location.with("digest", content.digest.as_str());
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         let payload = match content.size {
             0 => Payload::None,
-            size => Payload::Source { source, size, progress },
+            size => Payload::Source { source, offset: 0, size, progress },
         };
+        let (mut sent, mut at, mut offset) = (self.finish(host, &location, content, payload).await, location, 0);
+        while let Err(Why::Broken(_)) = sent {
+            match self.received(host, &at, content).await {
+                Ok(Some((kept, next))) if kept > offset => (offset, at) = (kept, next),
+                // nothing of it, or no more than before
+                _ => return sent,
+            }
+            debug!(host:% = host.name(), digest:% = content.digest, offset; "an upload is resumed");
+            let rest = async {
+                let mut at = at.clone();
+                if offset < content.size {
+                    let payload = Payload::Source { source, offset, size: content.size, progress };
+                    at = self.append(host, &at, content, offset, payload).await?;
+                }
+                self.finish(host, &at, content, Payload::None).await
+            };
+            // what is against the rest may not be against a new upload
+            sent = rest.await.map_err(|why| match why {
+                Why::Source(error) => Why::Source(error),
+                why => Why::Broken(format!("it does not take the rest of the upload: {why}")),
+            });
+        }
+        sent
+    }
+
+    /// How much of an upload a host has kept, and where the rest is to be sent; none if it does not say so.
+    async fn received(&self, host: &Host, location: &Url, content: &Descriptor) -> Result<Option<(u64, Url)>, Why> {
+        let scopes = [self.own_scope()];
+        let (target, headers) = (Target::Url(location), HeaderMap::new());
+        let answer = host.call(&Call { method: Method::GET, target, headers, payload: Payload::None, scopes: &scopes }).await?;
+        if !matches!(answer.response.status.as_u16(), 202 | 204) {
+            return Ok(None);
+        }
+        let kept = answer.response.header("range").and_then(kept_of).filter(|kept| *kept <= content.size);
+        let next = next_location(&answer, location);
+        Ok(kept.zip(next))
+    }
+
+    /// Sends the rest of an upload, and returns where it is to be finished.
+    async fn append(&self, host: &Host, location: &Url, content: &Descriptor, offset: u64, payload: Payload<'_>) -> Result<Url, Why> {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        headers.insert(CONTENT_RANGE, value(&format!("{offset}-{}", content.size.saturating_sub(1)))?);
+        let scopes = [self.own_scope()];
+        let answer = host.call(&Call { method: Method::PATCH, target: Target::Url(location), headers, payload, scopes: &scopes }).await?;
+        let answer = answer.expect(&BEGUN).await?;
+        next_location(&answer, location).ok_or_else(|| Why::Protocol("its location for an upload is no URL".to_owned()))
+    }
+
+    /// Sends a payload, with which an upload is complete.
+    async fn finish(&self, host: &Host, location: &Url, content: &Descriptor, payload: Payload<'_>) -> Result<(), Why> {
+        let url = location.clone().with("digest", content.digest.as_str());
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         let scopes = [self.own_scope()];
         let answer = host.call(&Call { method: Method::PUT, target: Target::Url(&url), headers, payload, scopes: &scopes }).await?;
         if answer.response.status.as_u16() == 401 && !answer.is_redirected {
@@ -164,6 +217,20 @@ enum Mount {
     /// It was not mounted, but an upload has begun.
     Upload(Url),
     Refused,
+}
+
+/// Where an upload goes on: where it was, unless the host names another place.
+fn next_location(answer: &Answer, location: &Url) -> Option<Url> {
+    match answer.response.header("location") {
+        Some(next) => answer.url.join(next).ok(),
+        None => Some(location.clone()),
+    }
+}
+
+/// The number of bytes in a `Range` of an upload, which is that of its first and last byte.
+fn kept_of(range: &str) -> Option<u64> {
+    let last = range.trim().trim_start_matches("bytes=").strip_prefix("0-")?;
+    last.parse::<u64>().ok()?.checked_add(1)
 }
 
 fn value(text: &str) -> Result<HeaderValue, Why> {

@@ -1,6 +1,7 @@
 //! URLs of registries, and of where they redirect to.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 
 use hyper::Uri;
 
@@ -88,10 +89,15 @@ impl Url {
         if authority.as_str().contains('@') {
             return Err("it has a user name");
         }
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
+        let host = match authority.host().strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(address) if address.parse::<Ipv6Addr>().is_ok() => address,
+            None if !authority.host().contains(['[', ']']) => authority.host(),
+            _ => return Err("its host is malformed"),
+        };
         if host.is_empty() {
             return Err("it has no host");
         }
+        let host = host.to_ascii_lowercase();
         let port = match authority.as_str().rsplit_once(']').map_or(authority.as_str(), |(_address, rest)| rest).rsplit_once(':') {
             None | Some((_, "")) => scheme.port(),
             Some((_, port)) => port.parse().map_err(|_error| "its port is none")?,
@@ -204,9 +210,16 @@ mod tests {
             let shown = format!("{}://{}{}", joined.origin.scheme.name(), joined.origin.authority(), joined.target());
             assert_eq!(shown, expected, "{location}");
         }
-        for location in
-            ["", "ftp://b.example/", "file:///etc/passwd", "https://", "http://user:password@b.example/", "https://b.example:x/"]
-        {
+        for location in [
+            "",
+            "ftp://b.example/",
+            "file:///etc/passwd",
+            "https://",
+            "http://user:password@b.example/",
+            "https://b.example:x/",
+            "https://b[::1]:5000/",
+            "https://[b.example]/",
+        ] {
             assert!(base.join(location).is_err(), "{location}");
         }
     }

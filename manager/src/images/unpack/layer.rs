@@ -65,9 +65,18 @@ impl Unpacker {
             let cancel = Cancel::default();
             let _ends_with_caller = cancel.guard();
             match self.content.bytes(&job.namespace, &blob, &cancel).await? {
-                Some(bytes @ Bytes::Whole(_)) => {
-                    // the semaphore is never closed
-                    let _slot = job.slots.acquire().await;
+                Some(mut bytes @ Bytes::Whole(_)) => {
+                    let _slot = match job.slots.try_acquire() {
+                        Ok(slot) => slot,
+                        Err(_) => {
+                            // what waits has no file open
+                            drop(bytes);
+                            // the semaphore is never closed
+                            let Ok(slot) = job.slots.acquire().await else { return Err(not_found(&blob)) };
+                            bytes = Bytes::Whole(self.content.read(&job.namespace, &blob).await?);
+                            slot
+                        }
+                    };
                     let work = self.work(&job, bytes, cancel.clone()).await?;
                     return self.layers.run(work).await?;
                 }

@@ -36,6 +36,7 @@ use crate::store::snapshots::Place;
 use crate::store::{Meta, Store};
 use claims::{Claim, Claims};
 use layer::{AT_ONCE, Job, Outcome};
+pub(in crate::images) use record::label as label_all;
 use record::{Recorded, label, label_layer};
 
 /// Which image to unpack, and how.

@@ -77,7 +77,7 @@ fn named(extracted: Extracted, key: &str, labels: &HashMap<String, String>) -> N
 }
 
 /// Writes what clients label an unpacked image with: the blob of a layer with its diffID, the config with the uppermost snapshot.
-pub(super) fn label(db: &mut Meta<'_>, namespace: &Namespace, plan: &Plan, snapshotter: &str) -> Result<()> {
+pub(in crate::images) fn label(db: &mut Meta<'_>, namespace: &Namespace, plan: &Plan, snapshotter: &str) -> Result<()> {
     for layer in &plan.layers {
         label_layer(db, namespace, layer)?;
     }

@@ -15,7 +15,7 @@ use crate::content::Opening;
 use crate::layers::testing::{Archive, is_root, view};
 use crate::settings::Sharing;
 use crate::snapshots::{New, in_own_mounts};
-use crate::store::{Files, blobs};
+use crate::store::blobs;
 
 pub(in crate::images) struct Fixture {
     pub(in crate::images) unpacker: Unpacker,
@@ -46,7 +46,7 @@ impl Fixture {
             return None;
         }
         let folder = scratch::Folder::new(name);
-        let store = Store::open(&Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+        let store = Store::new(&folder);
         let pools = Pools::default();
         let gate = Gate::default();
         let content =

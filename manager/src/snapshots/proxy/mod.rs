@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::{
-    CleanupRequest, CommitSnapshotRequest, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
+    CleanupRequest, CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
     StatSnapshotRequest, UsageRequest, ViewSnapshotRequest,
 };
 use containerd_client::types::Mount;
@@ -121,13 +121,40 @@ impl Proxy {
         self.client.call(SHORT, namespace, request, |request| async move { service.stat(request).await }).await.map(drop)
     }
 
-    async fn remove(&self, namespace: &str, key: &str) -> Result<()> {
+    pub(super) async fn remove(&self, namespace: &str, key: &str) -> Result<()> {
         let mut service = self.client.snapshots();
         let request = RemoveSnapshotRequest { snapshotter: self.plugin.snapshotter.clone(), key: key.to_owned() };
         match self.client.call(SHORT, namespace, request, |request| async move { service.remove(request).await }).await {
             Err(error) if error.code() == Code::NotFound => Ok(()),
             removed => removed,
         }
+    }
+
+    /// The turn to remove snapshots, or to give one a row.
+    pub(super) async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.removing.lock().await
+    }
+
+    /// Its own name of a layer that it has by itself, on a parent that is its own too, or empty.
+    pub(super) async fn find(&self, namespace: &str, target: &str, parent: &str) -> Result<Option<String>> {
+        let mut service = self.client.snapshots();
+        // not every proxy filters: it is looked at here, too
+        let filters = vec![format!("labels.{TARGET_LABEL:?}=={target:?},parent=={parent:?}")];
+        let request = ListSnapshotsRequest { snapshotter: self.plugin.snapshotter.clone(), filters };
+        let mut pages = self.client.call(SHORT, namespace, request, |request| async move { service.list(request).await }).await?;
+        let is_it = |info: &Info| {
+            info.kind() == Kind::Committed && info.parent == parent && info.labels.get(TARGET_LABEL).is_some_and(|label| label == target)
+        };
+        let found = async {
+            while let Some(page) = pages.message().await? {
+                if let Some(found) = page.info.into_iter().find(is_it) {
+                    return Ok(Some(found.name));
+                }
+            }
+            Ok(None)
+        };
+        let late = |_| tonic::Status::unavailable(format!("its list did not end within {LONG:?}"));
+        tokio::time::timeout(LONG, found).await.map_err(late).flatten().map_err(|status| self.client.failed(&status))
     }
 
     /// Removes snapshots, by namespace and key, children first. What cannot be removed is logged, and `has_left` set.
@@ -200,10 +227,12 @@ impl Proxy {
 
 /// Labels that are passed to a proxy: containerd's own rule.
 pub(super) fn inherited(labels: &HashMap<String, String>) -> HashMap<String, String> {
-    let is_inherited = |key: &str| key == "containerd.io/snapshot.ref" || key.starts_with("containerd.io/snapshot/");
+    let is_inherited = |key: &str| key == TARGET_LABEL || key.starts_with("containerd.io/snapshot/");
     labels.iter().filter(|(key, _)| is_inherited(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
+/// The name that a snapshot is to have when it is committed.
+const TARGET_LABEL: &str = "containerd.io/snapshot.ref";
 /// For calls that look something up, or remove it.
 const SHORT: Duration = Duration::from_secs(60);
 /// For calls that may fetch, copy or measure files.

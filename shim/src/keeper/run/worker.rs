@@ -120,7 +120,11 @@ impl Keeper {
                 self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
             }
             Op::Once => Ok(()),
-            Op::EnterPod { plan } => self.children.home.enter(&plan),
+            Op::EnterPod { plan } => {
+                // It takes a while, in which the worker makes the rest.
+                self.supervisor.flush(Instant::now());
+                self.children.home.enter(&plan)
+            }
             Op::LeavePod => self.children.home.leave().map_err(|error| ("return from the namespaces of the pod".to_owned(), error)),
             Op::Drain { key } => {
                 self.streams.drain(&key, (cause, step), Instant::now(), &mut self.poll);

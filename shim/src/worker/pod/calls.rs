@@ -106,7 +106,7 @@ pub(super) struct Plan {
 impl Plan {
     /// Plans a pod. For its cgroup, the host's mounts are read, if they were not.
     fn blocking_make(record: &Record, host: Option<Host>) -> Result<Self, Error> {
-        Ok(Self { namespaces: record.config.plan(record.id.as_str())?, parent: cgroup::blocking_plan(record, host)? })
+        Ok(Self { namespaces: record.config.blocking_plan(record.id.as_str())?, parent: cgroup::blocking_plan(record, host)? })
     }
 }
 
@@ -132,8 +132,16 @@ async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option
     Ok(Some(pid))
 }
 
-/// Makes what is around the namespaces: the cgroup and the files, at the same time.
+/// Makes what is around the namespaces: the files and the cgroup, at the same time.
 async fn make_around(cause: &Cause, pod: &Rc<Pod>, parent: Option<cgroup::Planned>, apply: &impl Apply) -> Result<(), Error> {
+    let record = pod.record().clone();
+    files::blocking_make_folder(&record)?;
+    let (files, cgroup) = tokio::join!(blocking(move || files::blocking_make(&record)), make_cgroup(cause, pod, parent, apply));
+    files.and(cgroup)
+}
+
+/// Makes the cgroup above those of the containers. The folder of the files must be there.
+async fn make_cgroup(cause: &Cause, pod: &Rc<Pod>, parent: Option<cgroup::Planned>, apply: &impl Apply) -> Result<(), Error> {
     let is_recorded = pod.record().cgroup != cgroup::Parent::default();
     // Recorded before it is made: a replay would take it for another's.
     if let Some(planned) = parent.as_ref().filter(|_| !is_recorded) {
@@ -142,17 +150,12 @@ async fn make_around(cause: &Cause, pod: &Rc<Pod>, parent: Option<cgroup::Planne
         cause.until_taken(step::POD_RECORDED).await;
     }
     let record = pod.record().clone();
-    // Before the cgroup too: it is in the list from which `delete` removes it.
-    files::blocking_begin(&record)?;
-    let with_files = record.clone();
-    let cgroup = async {
-        match parent {
-            Some(planned) => planned.make(&record.cgroup).await,
-            None => Ok(()),
-        }
-    };
-    let (files, cgroup) = tokio::join!(blocking(move || files::blocking_make(&with_files)), cgroup);
-    files.and(cgroup)
+    // Before it too: `delete` removes what is in the list.
+    files::blocking_list_leftovers(&record)?;
+    match parent {
+        Some(planned) => planned.make(&record.cgroup).await,
+        None => Ok(()),
+    }
 }
 
 /// Removes what a Start has made that failed. Failures are logged: the client gets the error that led here.

@@ -1,7 +1,8 @@
 //! The cgroup above those of a pod's containers.
 //!
 //! The kubelet makes it before the pod. Where it is missing, Start makes it, because containerd cannot read statistics of a pod without a cgroup, and
-//! the end of the pod removes it if it is empty.
+//! the end of the pod removes it if it is empty. On cgroup v1 that is in the hierarchies with statistics: in the others the engine of the first container
+//! makes it, and the end of the pod removes it likewise.
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -73,10 +74,21 @@ impl Planned {
             (Some(unit), Some(_)) => start(unit).await,
             // It is there, or its folder is.
             _ if parent.made.is_empty() => Ok(()),
-            _ => control::make(&self.folders, &parent.made).map_err(failed),
+            _ => control::make(&self.with_statistics(), &parent.made).map_err(failed),
         }
     }
+
+    /// Its folders in the hierarchies from which containerd reads statistics: each folder takes the kernel 25 µs, one at a time.
+    fn with_statistics(&self) -> plan::Cgroup {
+        let has_any = |folder: &&plan::Folder| folder.of.iter().any(|controller| STATISTICS.contains(&controller.as_str()));
+        let folders: Vec<_> = self.folders.folders.iter().filter(has_any).cloned().collect();
+        // On v2, and on a host that has none of them.
+        if folders.is_empty() { self.folders.clone() } else { plan::Cgroup { folders, ..self.folders.clone() } }
+    }
 }
+
+/// The controllers of cgroup v1 that count something for a pod without containers.
+const STATISTICS: [&str; 4] = ["cpu", "cpuacct", "memory", "pids"];
 
 async fn start(unit: &plan::Unit) -> Result<(), Error> {
     let failed = |error: &systemd::Error| Error::PodConfig {
@@ -144,4 +156,39 @@ fn folders(planned: &plan::Cgroup) -> Cgroup {
         }
     }
     Cgroup::V1(folders)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_cgroup_is_made_where_something_is_counted() {
+        let folder = |of: &[&str], hierarchy| plan::Folder {
+            mount: format!("/sys/fs/cgroup/{}", of.join(",")),
+            path: "pods/pod1".to_owned(),
+            hierarchy,
+            limits: Vec::new(),
+            controllers: Vec::new(),
+            of: of.iter().map(|name| (*name).to_owned()).collect(),
+            devices: None,
+            owner: None,
+        };
+        let made = |folders: Vec<plan::Folder>| {
+            let planned = Planned { folders: plan::Cgroup { folders, placeholder: None }, unit: None };
+            planned.with_statistics().folders.iter().map(|folder| folder.of.join(",")).collect::<Vec<_>>()
+        };
+        let v1 = |of: &[&str]| folder(of, Hierarchy::V1);
+        let hybrid = vec![
+            v1(&["cpu", "cpuacct"]),
+            v1(&["cpuset"]),
+            v1(&["name=systemd"]),
+            v1(&["memory"]),
+            v1(&["devices"]),
+            folder(&[], Hierarchy::Unified),
+        ];
+        assert_eq!(made(hybrid), ["cpu,cpuacct", "memory"]);
+        assert_eq!(made(vec![folder(&[], Hierarchy::Unified)]), [""]);
+        assert_eq!(made(vec![v1(&["freezer"])]), ["freezer"]);
+    }
 }

@@ -6,8 +6,9 @@ use nix::sys::statfs::{NSFS_MAGIC, statfs};
 use protobuf::well_known_types::any::Any;
 use serde::{Deserialize, Serialize};
 use x_engine::plan;
-use x_proto::pod::{Dns, Mode, PodConfig, TYPE_URL};
+use x_proto::pod::{Dns, Mode, PodConfig, Selinux, TYPE_URL};
 
+use super::selinux::{self, Asked};
 use crate::worker::error::Error;
 
 /// The longest configuration of which a record is made, in bytes, labels and annotations included. The kubelet's is a few KiB.
@@ -38,6 +39,10 @@ pub(in crate::worker) struct Config {
     pub(in crate::worker) user: bool,
     /// The SELinux level of its processes.
     pub(in crate::worker) selinux_level: Option<String>,
+    /// The other parts of the label of its own process, where it has one.
+    pub(in crate::worker) selinux_user: Option<String>,
+    pub(in crate::worker) selinux_role: Option<String>,
+    pub(in crate::worker) selinux_type: Option<String>,
 }
 
 /// Who shares a pid namespace.
@@ -95,6 +100,8 @@ impl Config {
             let why = "a pod in the host's network has no user namespace: it is the owner of the network namespace";
             return Err(invalid("linux.security_context.namespace_options.userns_options", why.to_owned()));
         }
+        let selinux =
+            |part: fn(&Selinux) -> &String| sent.linux.selinux.as_ref().map(|label| part(label).clone()).filter(|part| !part.is_empty());
         Ok(Self {
             name: sent.name.clone(),
             namespace: sent.namespace.clone(),
@@ -106,7 +113,10 @@ impl Config {
             host_ipc: is_of_host("linux.security_context.namespace_options.ipc", modes.ipc)?,
             pids,
             user,
-            selinux_level: sent.linux.selinux.as_ref().map(|label| label.level.clone()).filter(|level| !level.is_empty()),
+            selinux_level: selinux(|label| &label.level),
+            selinux_user: selinux(|label| &label.user),
+            selinux_role: selinux(|label| &label.role),
+            selinux_type: selinux(|label| &label.kind),
         })
     }
 
@@ -119,6 +129,12 @@ impl Config {
         let is_unfit = |level: &String| level.contains(|letter: char| !letter.is_ascii_alphanumeric() && !":,.-".contains(letter));
         if let Some(level) = self.selinux_level.as_ref().filter(|level| is_unfit(level)) {
             return invalid("linux.security_context.selinux_options.level", format!("{level:?} is not a level"));
+        }
+        for (part, value) in [("user", &self.selinux_user), ("role", &self.selinux_role), ("type", &self.selinux_type)] {
+            let is_unfit = |name: &&String| name.contains(|letter: char| !letter.is_ascii_alphanumeric() && !"_.-".contains(letter));
+            if let Some(value) = value.as_ref().filter(is_unfit) {
+                return invalid(&format!("linux.security_context.selinux_options.{part}"), format!("{value:?} is not a name"));
+            }
         }
         if self.cgroup_parent.contains('\0') {
             return invalid("linux.cgroup_parent", "contains a NUL byte".to_owned());
@@ -158,8 +174,23 @@ impl Config {
         self.pids == Pids::Pod
     }
 
+    /// The SELinux label of its own process.
+    fn blocking_label(&self, id: &str) -> Result<Option<String>, Error> {
+        let asked = Asked {
+            user: self.selinux_user.as_deref(),
+            role: self.selinux_role.as_deref(),
+            kind: self.selinux_type.as_deref(),
+            level: self.selinux_level.as_deref(),
+        };
+        selinux::blocking_label_of_process(asked).map_err(|why| Error::PodConfig {
+            id: id.to_owned(),
+            field: "linux.security_context.selinux_options".to_owned(),
+            why,
+        })
+    }
+
     /// Plans its namespaces.
-    pub(super) fn plan(&self, id: &str) -> Result<plan::Pod, Error> {
+    pub(super) fn blocking_plan(&self, id: &str) -> Result<plan::Pod, Error> {
         let network = self.network.as_ref().map(|path| path.to_string_lossy().into_owned());
         let own = plan::Pod {
             network,
@@ -170,6 +201,8 @@ impl Config {
             hostname: self.hostname.clone(),
             ..plan::Pod::default()
         };
+        let label = if own.needs_holder() { self.blocking_label(id)? } else { None };
+        let own = plan::Pod { label, ..own };
         plan::pod(own, &self.sysctls).map_err(|refused| {
             let why = crate::chain::chain(&refused);
             Error::PodConfig { id: id.to_owned(), field: "linux.sysctls".to_owned(), why }
@@ -266,6 +299,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_asked_for_of_a_label_is_kept() {
+        let label = Selinux { user: "u".to_owned(), kind: "t".to_owned(), level: "s0".to_owned(), ..Selinux::default() };
+        let mut asked = sent(Namespaces { network: Mode::Node, ..Namespaces::default() });
+        asked.linux.selinux = Some(label);
+        let config = Config::of("p1", &asked, None).expect("valid");
+        let kept = [&config.selinux_user, &config.selinux_role, &config.selinux_type, &config.selinux_level];
+        assert_eq!(kept.map(Option::as_deref), [Some("u"), None, Some("t"), Some("s0")]);
+    }
+
+    #[test]
     fn a_value_that_would_leave_its_place_is_refused() {
         let check = |config: Config| field(config.blocking_check("p1").map(|()| Config::default()));
         let named = |name: &str| Config { hostname: Some(name.to_owned()), ..Config::default() };
@@ -279,6 +322,9 @@ mod tests {
         let level = |level: &str| Config { selinux_level: Some(level.to_owned()), ..Config::default() };
         assert_eq!(check(level("s0:c1,c2.c5")), None);
         assert_eq!(check(level("s0\",rw")).as_deref(), Some("level"));
+        let kind = |kind: &str| Config { selinux_type: Some(kind.to_owned()), ..Config::default() };
+        assert_eq!(check(kind("container_t")), None);
+        assert_eq!(check(kind("container_t:s0")).as_deref(), Some("type"));
         let sysctls = BTreeMap::from([("net.x".to_owned(), "1".repeat(MAX_KEPT_BYTES))]);
         assert_eq!(check(Config { sysctls, ..Config::default() }).as_deref(), Some("options"));
     }

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
 use super::record::Record;
+use super::selinux::blocking_label_of_files;
 use crate::pod_folder::{FOLDER, SHM};
 use crate::sys;
 use crate::whole_file::blocking_replace;
@@ -26,10 +27,14 @@ pub(super) fn folder(record: &Record) -> PathBuf {
     record.bundle.join(FOLDER)
 }
 
-/// Makes the folder, and in it the list of what the pod makes outside of its bundle.
-pub(super) fn blocking_begin(record: &Record) -> Result<(), Error> {
+/// Makes the folder.
+pub(super) fn blocking_make_folder(record: &Record) -> Result<(), Error> {
+    make_folder(&folder(record), 0o711)
+}
+
+/// Makes the list of what the pod makes outside of its bundle. The folder must be there.
+pub(super) fn blocking_list_leftovers(record: &Record) -> Result<(), Error> {
     let folder = folder(record);
-    make_folder(&folder, 0o711)?;
     let written = record.cgroup.leftovers().blocking_write(&record.bundle);
     written.map_err(|source| Error::Io { op: "write", path: folder, source })
 }
@@ -51,7 +56,7 @@ pub(super) fn blocking_make(record: &Record) -> Result<(), Error> {
         return Ok(());
     }
     let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    let label = blocking_shm_label(record.config.selinux_level.as_deref());
+    let label = blocking_label_of_files(record.config.selinux_level.as_deref());
     let options = format!("mode=1777,size={SHM_BYTES}{}", label.map(|label| format!(",context=\"{label}\"")).unwrap_or_default());
     mount(Some("shm"), &shm, Some("tmpfs"), flags, Some(options.as_str())).map_err(failed("mount", &shm))
 }
@@ -99,41 +104,11 @@ fn failed(op: &'static str, path: &Path) -> impl FnOnce(Errno) -> Error {
     move |error| Error::Io { op, path, source: error.into() }
 }
 
-/// The label of a file system for the containers of a pod, where SELinux is active: the policy's for files of containers, at the level of the pod.
-fn blocking_shm_label(level: Option<&str>) -> Option<String> {
-    if !Path::new("/sys/fs/selinux/enforce").exists() {
-        return None;
-    }
-    let settings = fs::read_to_string("/etc/selinux/config").unwrap_or_default();
-    let policy = settings.lines().find_map(|line| line.trim().strip_prefix("SELINUXTYPE=")).unwrap_or("targeted").trim();
-    let contexts = fs::read_to_string(Path::new("/etc/selinux").join(policy).join("contexts/lxc_contexts")).ok()?;
-    label_of_files(&contexts, level)
-}
-
-/// `file = "system_u:object_r:container_file_t:s0"`, with the level of the pod in place of its own.
-fn label_of_files(contexts: &str, level: Option<&str>) -> Option<String> {
-    let value = contexts.lines().find_map(|line| line.trim().strip_prefix("file")?.trim_start().strip_prefix('='))?;
-    let label = value.trim().trim_matches('"');
-    let mut parts = label.splitn(4, ':');
-    let (user, role, kind) = (parts.next()?, parts.next()?, parts.next()?);
-    let level = level.or_else(|| parts.next()).filter(|level| !level.is_empty())?;
-    Some(format!("{user}:{role}:{kind}:{level}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::config::Config;
     use super::super::record::tests::record;
     use super::*;
-
-    #[test]
-    fn the_label_of_shared_memory_has_the_level_of_the_pod() {
-        let contexts = "process = \"system_u:system_r:container_t:s0\"\nfile = \"system_u:object_r:container_file_t:s0\"\n";
-        assert_eq!(label_of_files(contexts, Some("s0:c1,c2")).as_deref(), Some("system_u:object_r:container_file_t:s0:c1,c2"));
-        assert_eq!(label_of_files(contexts, None).as_deref(), Some("system_u:object_r:container_file_t:s0"));
-        assert_eq!(label_of_files("process = \"x\"", None), None);
-        assert_eq!(label_of_files("file = \"x\"", None), None);
-    }
 
     #[test]
     fn files_are_made_and_removed_as_often_as_one_likes() {
@@ -147,7 +122,8 @@ mod tests {
         let read = |name: &str| fs::read_to_string(bundle.join("pod").join(name)).expect("a file");
         for _ in 0..2 {
             for _ in 0..2 {
-                blocking_begin(&record).expect("made");
+                blocking_make_folder(&record).expect("made");
+                blocking_list_leftovers(&record).expect("made");
                 blocking_make(&record).expect("made");
                 assert_eq!((read("hostname").as_str(), read("resolv.conf").as_str()), ("web\n", "nameserver 1.1.1.1\n"));
                 assert_eq!(read("hosts").as_bytes(), fs::read("/etc/hosts").unwrap_or_default());

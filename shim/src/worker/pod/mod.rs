@@ -25,6 +25,7 @@ mod config;
 mod files;
 mod join;
 mod record;
+mod selinux;
 mod stop;
 
 pub(super) use calls::{CreateCall, blocking_look_ahead, create, metrics, ping, platform, start, status, wait};

@@ -40,7 +40,7 @@ pub(in crate::images::registry) enum ConnectError {
     /// It may work later.
     #[error("{0}")]
     Passing(String),
-    /// The server does not speak TLS.
+    /// The server has answered with something that is no TLS.
     #[error("{0}")]
     NotTls(String),
 }
@@ -160,9 +160,8 @@ fn of_handshake(error: &io::Error) -> ConnectError {
         Some(Tls::AlertReceived(_) | Tls::InvalidCertificate(_) | Tls::PeerIncompatible(_) | Tls::NoApplicationProtocol) => {
             ConnectError::Lasting(text)
         }
-        Some(_) => ConnectError::Passing(text),
-        // it has closed the connection
-        None => ConnectError::NotTls(text),
+        // also one that has closed the connection: anything on the way can do that, and must not have secrets sent without TLS
+        Some(_) | None => ConnectError::Passing(text),
     }
 }
 

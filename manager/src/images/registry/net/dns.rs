@@ -203,6 +203,26 @@ fn reply(message: &[u8], id: u16, question: &[u8], kind: Kind) -> Option<Reply> 
     Some(Reply::Addresses(addresses))
 }
 
+/// Reads bytes as what follows the question in an answer, and as the files of the system. They begin with the flags and the number of records.
+#[cfg(any(test, fuzzing))]
+pub(in crate::images::registry) fn fuzz(bytes: &[u8]) {
+    if let Some((head, rest)) = bytes.split_at_checked(4) {
+        for kind in [Kind::A, Kind::Aaaa] {
+            let question = question(7, "r.example", kind).expect("a name");
+            let asked = &question[12..question.len() - 11];
+            let message = [&[0, 7, head[0] | 0x80, head[1], 0, 1, head[2], head[3], 0, 0, 0, 0], asked, rest].concat();
+            if let Some(Reply::Addresses(addresses)) = reply(&message, 7, &question, kind) {
+                assert!(addresses.len() <= ADDRESSES);
+            }
+        }
+    }
+    let text = String::from_utf8_lossy(bytes);
+    assert!(listed(&text, "r.example").len() <= ADDRESSES);
+    let configuration = Configuration::parse(&text);
+    assert!((1..=SERVERS).contains(&configuration.servers.len()));
+    assert!((1..=DOMAINS + 1).contains(&configuration.candidates("r.example").len()));
+}
+
 /// Where what follows a name begins. Its pointers need not be followed.
 fn after_name(message: &[u8], mut at: usize) -> Option<usize> {
     loop {

@@ -9,4 +9,6 @@ mod tls;
 pub(super) use connect::Stream;
 pub(super) use connect::{ConnectError, Connector};
 pub(crate) use dns::Resolver;
+#[cfg(any(test, fuzzing))]
+pub(super) use dns::fuzz;
 pub(crate) use proxy::Proxies;

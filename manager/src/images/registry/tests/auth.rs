@@ -299,3 +299,35 @@ fn secrets_are_not_in_what_is_printed_for_debugging() {
     ];
     assert!(!all.concat().contains("secret"), "{all:?}");
 }
+
+/// A user who takes a while to answer.
+struct Asked(Duration);
+
+#[async_trait]
+impl Credentials for Asked {
+    async fn of(&self, _challenge: &Challenge<'_>) -> crate::error::Result<Option<Secret>> {
+        tokio::time::sleep(self.0).await;
+        Ok(Some(Secret::Password { user: "u".to_owned(), password: "p".to_owned() }))
+    }
+}
+
+#[tokio::test]
+async fn a_credential_is_waited_for_longer_than_an_answer_and_not_for_ever() {
+    let world = World::new("asked");
+    let registry = Double::http(|seen, _| match seen.header("authorization") {
+        Some(_) => manifest_reply(),
+        None => Reply::basic(),
+    })
+    .await;
+    for (takes, most, is_taken) in [(600, 60_000, true), (60_000, 100, false)] {
+        let mut options = Options { plain_http: Some(true), ..world.options() };
+        options.limits.head = Duration::from_millis(500);
+        options.limits.credential = Duration::from_millis(most);
+        options.credentials = Some(Arc::new(Asked(Duration::from_millis(takes))));
+        let resolved = world.with(&registry, "a/b", options).await.resolve().await;
+        match is_taken {
+            true => assert_eq!(resolved.unwrap_or_else(|error| panic!("{error}")), manifest()),
+            false => assert!(refused(resolved).contains("no credentials within 100ms")),
+        }
+    }
+}

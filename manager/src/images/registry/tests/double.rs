@@ -159,6 +159,7 @@ impl Double {
                     };
                     // a client that goes away is what some tests are about
                     let _ = match acceptor {
+                        None if is_tls(&stream).await => refuse_tls(stream).await,
                         None => talk(stream, &*script, &record, resets).await,
                         Some(acceptor) => match acceptor.accept(stream).await {
                             Ok(stream) => talk(stream, &*script, &record, resets).await,
@@ -195,6 +196,20 @@ impl Drop for Double {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Whether a client begins with TLS.
+async fn is_tls(stream: &TcpStream) -> bool {
+    let mut first = [0];
+    matches!(stream.peek(&mut first).await, Ok(1)) && first[0] == 0x16
+}
+
+/// What servers without TLS answer to that. It is read until the client leaves: otherwise the answer would be lost with the connection.
+async fn refuse_tls(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.write_all(b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTPS request to an HTTP server.\n").await?;
+    stream.shutdown().await?;
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.map(drop)
 }
 
 async fn talk(stream: impl Stream, script: &Script, record: &Mutex<Vec<Seen>>, resets: impl FnOnce()) -> std::io::Result<()> {

@@ -162,8 +162,9 @@ async fn a_silent_connection_is_given_up_and_resumed() {
     })
     .await;
     let mut options = Options { plain_http: Some(true), ..world.options() };
-    options.limits.idle = Duration::from_millis(300);
-    options.limits.head = Duration::from_millis(300);
+    // longer than a busy machine leaves the server waiting: one that is late would be asked again
+    options.limits.idle = Duration::from_secs(2);
+    options.limits.head = Duration::from_secs(2);
     let client = world.with(&registry, "a/b", options).await;
     assert_eq!(fetched(&client, &layer(&content)).await, content);
     let starts: Vec<Option<usize>> = registry.seen().iter().map(start).collect();
@@ -187,12 +188,12 @@ async fn a_trickle_ends_at_the_total_limit_and_a_reader_that_waits_does_not() {
     let error = refused(read(&mut blob).await.1);
     assert!(error.contains("less than 10240 bytes per second"), "{error}");
 
-    options.limits.idle = Duration::from_millis(100);
+    options.limits.idle = Duration::from_secs(2);
     let client = world.with(&registry, "a/b", options).await;
     let mut blob = client.fetch(&layer(&content), 0).await.expect("a blob");
     let first = blob.next().await.expect("bytes").expect("bytes");
     // longer than both limits
-    tokio::time::sleep(Duration::from_millis(400)).await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
     let (rest, end) = read(&mut blob).await;
     end.expect("the end");
     assert_eq!([first.to_vec(), rest].concat(), content);
@@ -205,6 +206,20 @@ async fn a_server_that_breaks_off_after_each_byte_ends_at_the_total_limit_too() 
     let content = bytes(2_000);
     let body = content.clone();
     let registry = Double::http(move |seen, _| served(seen, &body).cut(1)).await;
+    let mut options = Options { plain_http: Some(true), ..world.options() };
+    options.limits.total = Duration::from_millis(200);
+    let client = world.with(&registry, "a/b", options).await;
+    let mut blob = client.fetch(&layer(&content), 0).await.expect("a blob");
+    let error = refused(read(&mut blob).await.1);
+    assert!(error.contains("less than 10240 bytes per second"), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_sends_everything_again_for_each_byte_ends_at_the_total_limit_too() {
+    let world = World::new("again");
+    let content = bytes(7_000);
+    let body = content.clone();
+    let registry = Double::http(move |_, nth| Reply::new(200).body(body.clone()).cut((5_000 + nth).min(7_000))).await;
     let mut options = Options { plain_http: Some(true), ..world.options() };
     options.limits.total = Duration::from_millis(200);
     let client = world.with(&registry, "a/b", options).await;

@@ -26,7 +26,9 @@ async fn whatever_a_mirror_does_the_server_is_asked_next_and_an_error_names_both
                 let registry = format!("r.example:{}", server.port());
                 world.configure(&registry, &format!("{line}[host.\"http://m.example:{}\"]\n", mirror.port()));
                 let mut options = Options { plain_http: Some(true), ..world.options() };
-                options.limits.head = Duration::from_millis(300);
+                if name == "hang" {
+                    options.limits.head = Duration::from_secs(1);
+                }
                 let client = world.with(server, "a/b", options).await;
                 match client.resolve().await {
                     Ok(found) => assert_eq!((found, succeeds), (manifest(), true), "{name}"),
@@ -75,7 +77,7 @@ async fn a_mirror_that_never_answers_is_waited_for_once() {
     let server = Double::http(move |_, _| Reply::new(200).body(body.clone())).await;
     world.configure(&format!("r.example:{}", server.port()), &format!("[host.\"http://m.example:{}\"]", silent.port()));
     let mut options = Options { plain_http: Some(true), ..world.options() };
-    options.limits.head = Duration::from_millis(300);
+    options.limits.head = Duration::from_secs(2);
     let client = world.with(&server, "a/b", options).await;
     for _layer in 0..3 {
         assert_eq!(fetched(&client, &layer(&content)).await, content);

@@ -4,7 +4,6 @@ mod auth;
 mod double;
 mod fetch;
 mod hosts;
-mod parsers;
 mod push;
 mod resolve;
 mod transport;
@@ -113,7 +112,7 @@ fn layer(bytes: &[u8]) -> Descriptor {
 }
 
 const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
-const MANIFEST: &str = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{},"layers":[]}"#;
+const MANIFEST: &str = r#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","layers":[]}"#;
 
 fn manifest() -> Descriptor {
     Descriptor::new(IMAGE, digest(MANIFEST.as_bytes()), MANIFEST.len() as u64)

@@ -150,6 +150,8 @@ async fn an_upload_that_breaks_or_loses_its_token_is_repeated_from_its_first_byt
         let registry = Double::http(move |seen, nth| match seen.method.as_str() {
             "HEAD" => Reply::new(404),
             "POST" => Reply::new(202).header("location", format!("/u/{nth}")),
+            // nothing is kept of an upload
+            "GET" => Reply::new(404),
             _ if !std::mem::replace(&mut *failed.lock().expect("no panic"), true) => failure.clone(),
             _ => Reply::new(201).header("docker-content-digest", seen.query("digest").pop().expect("a digest")),
         })
@@ -161,6 +163,68 @@ async fn an_upload_that_breaks_or_loses_its_token_is_repeated_from_its_first_byt
         let puts: Vec<Seen> = registry.seen().into_iter().filter(|seen| seen.method == "PUT").collect();
         assert_eq!((puts.len(), puts[1].body == content, source.starts.into_inner()), (2, true, 2));
         assert_ne!(puts[0].target, puts[1].target, "a new upload");
+    }
+}
+
+#[tokio::test]
+async fn an_upload_goes_on_behind_what_the_registry_has_kept() {
+    let content = bytes(100_000);
+    // what it says that it has kept, the method that breaks once more, and from where on it is sent in the end
+    for (range, breaks, from) in [
+        (Some("0-39999"), "", Some(40_000)),
+        (Some("bytes=0-39999"), "", Some(40_000)),
+        (Some("0-39999"), "PATCH", Some(70_000)),
+        (Some("0-39999"), "refused", None),
+        (Some("0-99999"), "", Some(100_000)),
+        (Some("0-100000"), "", None),
+        (Some("x"), "", None),
+        (None, "", None),
+    ] {
+        let world = World::new("kept");
+        let (broken, kept) = (Mutex::new(Vec::<String>::new()), Mutex::new(0));
+        let registry = Double::http(move |seen, nth| {
+            let is_first = |method: &str| {
+                let mut broken = broken.lock().expect("no panic");
+                !broken.iter().any(|other| other == method) && {
+                    broken.push(method.to_owned());
+                    true
+                }
+            };
+            match seen.method.as_str() {
+                "HEAD" => Reply::new(404),
+                "POST" => Reply::new(202).header("location", format!("/u/{nth}")),
+                "GET" => {
+                    let times = std::mem::replace(&mut *kept.lock().expect("no panic"), 1);
+                    let reply = Reply::new(204).header("location", format!("/u/{nth}?again"));
+                    match range {
+                        Some(_) if times == 1 && breaks == "PATCH" => reply.header("range", "0-69999"),
+                        Some(range) => reply.header("range", range),
+                        None => Reply::new(404),
+                    }
+                }
+                "PUT" if is_first("PUT") => Reply::closed(),
+                "PATCH" if breaks == "PATCH" && is_first("PATCH") => Reply::closed(),
+                "PATCH" if breaks == "refused" => Reply::new(416),
+                "PATCH" => Reply::new(202).header("location", "/u/last"),
+                _ => Reply::new(201),
+            }
+        })
+        .await;
+        let client = world.plain(&registry, "a/b").await;
+        assert_eq!(pushed(&client, &content, &[]).await.unwrap_or_else(|error| panic!("{range:?}: {error}")), Pushed::Uploaded);
+        let seen = registry.seen();
+        let last = seen.last().expect("a request");
+        assert!(last.method == "PUT" && last.query("digest") == [digest(&content).to_string()], "{last:?}");
+        match from {
+            None => assert!(last.body == content && (breaks == "refused" || seen.iter().all(|seen| seen.method != "PATCH")), "{range:?}"),
+            Some(100_000) => assert!(last.body.is_empty() && last.target.contains("?again&digest"), "{:?}", last.target),
+            Some(from) => {
+                let patch = seen.iter().rev().find(|seen| seen.method == "PATCH").expect("the rest is sent");
+                assert_eq!((patch.body == content[from..], last.body.is_empty()), (true, true), "{range:?}");
+                assert_eq!(patch.header("content-range"), Some(format!("{from}-99999").as_str()));
+                assert!(patch.target.ends_with("?again") && last.target.starts_with("/u/last?"), "{:?}", last.target);
+            }
+        }
     }
 }
 

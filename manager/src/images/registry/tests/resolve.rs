@@ -125,7 +125,7 @@ async fn what_is_no_manifest_is_refused() {
     for (media_type, body, why) in [
         (IMAGE, r#"{"layers":[],"manifests":[]}"#.to_owned(), "both"),
         (MANIFESTS[0], MANIFEST.to_owned(), "calls itself"),
-        ("text/html", "<html>".to_owned(), "no manifest"),
+        ("text/html", "<html>".to_owned(), "no document"),
         ("application/vnd.docker.distribution.manifest.v1+prettyjws", "{}".to_owned(), "schema 1"),
         (IMAGE, " ".repeat(9 << 20), "more than 8388608 bytes"),
     ] {

@@ -146,6 +146,29 @@ async fn this_machine_is_tried_with_tls_and_then_without() {
 }
 
 #[tokio::test]
+async fn what_breaks_a_connection_off_has_nothing_sent_without_tls() {
+    let world = World::new("reset");
+    // it closes what begins with TLS, and would take HTTP
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let plain = Arc::<Mutex<usize>>::default();
+    let count = Arc::clone(&plain);
+    let serving = tokio::spawn(async move {
+        while let Ok((stream, _peer)) = listener.accept().await {
+            let mut first = [0];
+            if matches!(stream.peek(&mut first).await, Ok(1)) && first[0] != 0x16 {
+                *count.lock().expect("no panic") += 1;
+            }
+        }
+    });
+    let reference = Reference::parse(&format!("localhost:{port}/a/b")).expect("a reference");
+    let client = Registry::new(reference, world.options()).await.expect("a registry");
+    assert!(refused(client.resolve().await).contains("TLS: "));
+    assert_eq!(*plain.lock().expect("no panic"), 0);
+    serving.abort();
+}
+
+#[tokio::test]
 async fn a_password_is_not_sent_to_a_realm_without_tls() {
     let world = World::new("realm-tls");
     let authority = Authority::new("any");

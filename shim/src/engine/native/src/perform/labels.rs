@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::write;
 
@@ -85,6 +85,22 @@ impl Attributes {
     }
 }
 
+/// The attributes of a process that executes nothing. Nothing of the host is reached through them but the process itself.
+#[derive(Debug)]
+pub(super) struct OwnAttributes(OwnedFd);
+
+impl OwnAttributes {
+    /// Of the calling process, in the procfs at `/proc`.
+    pub(super) fn open() -> io::Result<Self> {
+        Ok(Self(open("/proc/self", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?))
+    }
+
+    /// Sets the label of the process at once. It must have one thread. From here on it may do what the policy lets that label do.
+    pub(super) fn label(&self, label: &str) -> Result<(), Failure> {
+        write_first(self.0.as_fd(), &["attr/current"], label).doing(Step::Settings, || format!("set the label {label:?}"))
+    }
+}
+
 /// Labels a mount whose file system takes no label when it is made.
 pub(super) fn label_mount(root: &Root, mount: &Mount, label: Option<&str>) -> Result<(), Failure> {
     let (Some(label), Source::New { kind, .. }) = (label, &mount.source) else { return Ok(()) };
@@ -143,6 +159,15 @@ mod tests {
         let (folder, handle) = double("shared", &["attr/exec"]);
         write_first(handle.as_fd(), &OF_APPARMOR, "exec p").expect("written");
         assert_eq!(fs::read_to_string(folder.join("attr/exec")).expect("a file"), "exec p");
+        fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[test]
+    fn a_process_that_executes_nothing_is_labelled_at_once() {
+        let (folder, handle) = double("current", &["attr/current", "attr/exec"]);
+        OwnAttributes(handle).label("u:r:t:s0").expect("written");
+        assert_eq!(fs::read_to_string(folder.join("attr/current")).expect("a file"), "u:r:t:s0");
+        assert_eq!(fs::read_to_string(folder.join("attr/exec")).expect("a file"), "");
         fs::remove_dir_all(folder).expect("removed");
     }
 

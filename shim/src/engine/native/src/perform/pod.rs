@@ -3,10 +3,12 @@
 //! ```text
 //!  keeper itself:   enter: joins, unshares, names, settings
 //!  or a holder:     performer ── joins user and network ──clone3(CLONE_PARENT, pid, ipc, uts, mount)──▶ holder: names, settings, empty root,
-//!                                                                                                       filter; waits, and reaps in its pid namespace
+//!                                                                                                       label, filter; waits, and reaps in its pid
+//!                                                                                                       namespace
 //! ```
 //!
-//! A holder can be seen by the containers of its pid namespace: it has no files, no privileges, no words on its command line, and none of them may trace it.
+//! A holder can be seen by the containers of its pid namespace: it has no files, no privileges, no words on its command line, the SELinux
+//! label that the pod asks for, and none of them may trace it. Its filter allows less than any profile that a client can name for it, and what it needs.
 //!
 //! **Invariant:** a holder ends with its parent.
 use std::convert::Infallible;
@@ -25,6 +27,7 @@ use nix::unistd::{chdir, chroot, pivot_root, sethostname, setsid};
 use super::cgroup::Joining;
 use super::child::{Child, check_version, decode, plain};
 use super::descriptors::Kept;
+use super::labels::OwnAttributes;
 use super::sync::{ChildEnd, Message};
 use super::{Doing, Failure, Step, init, namespaces};
 use crate::plan::{Kind, Pod};
@@ -69,7 +72,13 @@ pub(super) fn make_holder(plan: &[u8], kept: &Kept) -> Result<u32, Failure> {
         Ok(Some(_)) => Err(plain(Step::Child, "the holder of the pod has sent a message out of order")),
         Ok(None) => Err(plain(Step::Child, "the holder of the pod was killed")),
     };
-    prepared.inspect_err(|_| child.kill())?;
+    // Under its label it may not be allowed to send anything: it succeeds by closing its end. A kill looks the same, and is its parent's to see.
+    let is_labelled = |()| match child.messages.receive().doing(Step::Child, || "wait for the label of the holder".to_owned())? {
+        None => Ok(()),
+        Some(Message::Failed(failure)) => Err(failure),
+        Some(_) => Err(plain(Step::Child, "the holder of the pod has sent a message out of order")),
+    };
+    prepared.and_then(is_labelled).inspect_err(|_| child.kill())?;
     Ok(child.pid)
 }
 
@@ -83,6 +92,7 @@ fn hold(pod: &Pod, kept: &Kept, performer: &ChildEnd) -> Result<Infallible, Fail
     settle(pod)?;
     sys::clear_command_line().doing(Step::Settings, || "clear the command line".to_owned())?;
     nix::sys::prctl::set_name(c"pod").doing(Step::Settings, || "name the holder".to_owned())?;
+    let attributes = pod.label.as_ref().map(|label| (OwnAttributes::open(), label));
     empty_root().doing(Step::Root, || "enter an empty root".to_owned())?;
     sys::set_no_new_privileges().doing(Step::Identity, || "give up new privileges".to_owned())?;
     sys::set_capabilities(0, 0, 0).doing(Step::Identity, || "give up capabilities".to_owned())?;
@@ -90,6 +100,9 @@ fn hold(pod: &Pod, kept: &Kept, performer: &ChildEnd) -> Result<Infallible, Fail
     // Last: a change of credentials can undo it. The performer dies with the parent too, so an answer of it shows that the parent has lived until then.
     set_pdeathsig(Signal::SIGKILL).doing(Step::Child, || "tie the holder to its parent".to_owned())?;
     init::report_and_wait(performer, &Message::Prepared)?;
+    if let Some((attributes, label)) = attributes {
+        attributes.doing(Step::Settings, || "open the attributes of the holder".to_owned())?.label(label)?;
+    }
     if let Some(filter) = &pod.filter {
         sys::load_filter(&filter.program, filter.flags).doing(Step::Filter, || "load the seccomp filter".to_owned())?;
     }

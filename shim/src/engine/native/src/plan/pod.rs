@@ -36,6 +36,9 @@ pub struct Pod {
     /// Of a holder.
     #[n(8)]
     pub filter: Option<Filter>,
+    /// The SELinux label of a holder. A performer of an earlier build leaves it out.
+    #[n(9)]
+    pub label: Option<String>,
 }
 
 impl Pod {

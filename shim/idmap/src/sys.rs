@@ -1,5 +1,6 @@
-//! Id-mapped mounts: user namespaces made for their maps, and mounts that carry one.
+//! The system calls.
 #![allow(unsafe_code)]
+
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -12,7 +13,9 @@ use nix::unistd::{Pid, pipe2};
 /// Makes a user namespace with these maps, in the format of `/proc/PID/uid_map`. It exists while the descriptor is open.
 ///
 /// Blocks for a moment, on a short-lived child in the namespace.
-pub(crate) fn blocking_user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
+///
+/// Errors: `ENOSPC` when there are too many of them; those of writing the maps.
+pub fn blocking_user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     let (ready_read, ready_write) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     let ready = ready_write.as_raw_fd();
     let parent = std::process::id();
@@ -67,8 +70,9 @@ fn wait_for_byte(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Mounts a copy of the tree at `source` on `target`, its files mapped by `user_namespace`.
 ///
+/// Errors: `EINVAL` when its file system cannot be mapped; `EPERM`.
 /// Source: mount_setattr(2), MOUNT_ATTR_IDMAP, Linux ≥ 5.12.
-pub(crate) fn mount_mapped(source: BorrowedFd<'_>, target: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+pub fn mount_mapped(source: BorrowedFd<'_>, target: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | EMPTY_PATH | RECURSIVE;
     // SAFETY: the empty path makes the call look at the descriptor, which is borrowed for the call.
     let tree = Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags) })?;
