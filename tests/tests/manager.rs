@@ -284,6 +284,7 @@ fn image_row_cases() -> Vec<Case> {
             an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
             an_import_keeps_what_a_killed_one_has_left_without_labels,
             a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            a_snapshot_that_a_client_has_seen_stays_as_long_as_its_lease,
             an_image_that_is_removed_and_imported_again_at_once_is_whole,
             what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
             a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, StatSnapshotRequest};
 use containerd_client::services::v1::{CreateRequest, WriteContentRequest};
 use prost_types::Timestamp;
 use shim_tests::client::Client;
@@ -15,7 +16,7 @@ use shim_tests::context::Context;
 use shim_tests::dice::Dice;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::image::{Image, Layer, Node};
-use shim_tests::import::{Fact, Import, delete_image, end_lease};
+use shim_tests::import::{Fact, Import, OVERLAYFS, delete_image, end_lease};
 use shim_tests::operator::{ctr, output_text, printed, upgrade};
 use shim_tests::power::Disk;
 use shim_tests::registry::Registry;
@@ -119,6 +120,26 @@ pub(crate) async fn a_snapshot_that_a_retry_has_found_stays_when_the_first_attem
     second.name().await?;
     second.end().await?;
     is_whole(&cx, &image).await
+}
+
+pub(crate) async fn a_snapshot_that_a_client_has_seen_stays_as_long_as_its_lease(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (client, image) = (cx.client(), image(75, "seen"));
+    import(client, &image, "first").await?;
+    // as ctr 1.6 unpacks: what is there is not asked for, and the next layer is put on it
+    let (second, chains) = (client.with_lease("second").await?, image.chains());
+    for chain in &chains {
+        let request = StatSnapshotRequest { snapshotter: OVERLAYFS.to_owned(), key: chain.clone() };
+        second.api().snapshots().stat(second.request(request)).await?;
+    }
+    delete_image(client, &image.name, true).await?;
+    let (key, parent) = ("next".to_owned(), chains[2].clone());
+    let request = PrepareSnapshotRequest { snapshotter: OVERLAYFS.to_owned(), key, parent, ..PrepareSnapshotRequest::default() };
+    second.api().snapshots().prepare(second.request(request)).await?;
+    end_lease(client, "second").await?;
+    stored(&cx).settles().await?;
+    ensure!(stored(&cx).rows().await?.snapshots.is_empty(), "it is not held for ever");
+    Ok(())
 }
 
 /// 40 times; `X_TIMES` for more.
