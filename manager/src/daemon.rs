@@ -86,15 +86,17 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     let metrics = sockets.metrics.as_ref().map(metrics::Listener::of).transpose()?;
     let (send, upgrades) = mpsc::channel(1);
     let mut requests = Requests::new(hangup, upgrades)?;
+    let takes_over = predecessor.is_some();
     if let Some(predecessor) = predecessor {
         predecessor.ready(&parts.events).await?;
     }
     drop(not_yet);
-    // they end with their process, and this one has none yet
-    parts.transfers.end_interrupted().await?;
+    // this process has none yet
+    parts.transfers.end_interrupted(takes_over).await?;
     let mut events = forward::serve(shims, Arc::clone(&parts.tasks)).await?;
     let (course, its_course) = watch::channel(Course::Serves);
-    let api = tokio::spawn(api::serve(clients, Arc::new(parts.services()), settings.limits, its_course));
+    let services = Arc::new(parts.services());
+    let api = tokio::spawn(api::serve(clients, Arc::clone(&services), settings.limits, its_course));
     tokio::spawn(control::serve(control, send, Arc::clone(&parts.content), parts.gate.clone()));
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(listener, parts.sources()));
@@ -108,7 +110,14 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     }
     info!(address:% = settings.address.display(), version = env!("CARGO_PKG_VERSION"), pid = std::process::id(); "serving");
     notify::send(&format!("READY=1\nSTATUS=serving at {}", settings.address.display()));
-    let state = HandedOver { lock: lock.as_fd(), sockets: &sockets, store: &parts.store, gate: &parts.gate, events: &parts.events };
+    let state = HandedOver {
+        lock: lock.as_fd(),
+        sockets: &sockets,
+        store: &parts.store,
+        gate: &parts.gate,
+        events: &parts.events,
+        transfers: &parts.transfers,
+    };
     while let Some(request) = requests.next().await {
         let path = request.as_ref().and_then(|request| request.program.clone()).unwrap_or_else(|| program.to_owned());
         let mut must_stop = false;
@@ -138,6 +147,10 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
         notify::send("STOPPING=1");
         drop(parts.gate.close(LAST_CHANGES).await);
         parts.gate.retire();
+    }
+    if ends == Course::Yields {
+        // before clients learn that they should connect again: the call that uses a stream may come to the next process
+        let _ = tokio::time::timeout(HAND_STREAMS_OVER, services.streams.hand_over()).await;
     }
     parts.events.retire();
     course.send_replace(ends);
@@ -245,6 +258,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const STACK_BYTES: usize = 256 << 10;
 /// When stopping, to answer events of shims.
 const HANG_UP: Duration = Duration::from_secs(2);
+/// For streams of transfers that have not begun, when another process serves.
+const HAND_STREAMS_OVER: Duration = Duration::from_secs(5);
 /// When stopping, to checkpoint the store.
 const SETTLE: Duration = Duration::from_secs(2);
 /// When stopping, for what is being written to the store.

@@ -33,6 +33,8 @@ struct State {
     streams: usize,
     is_closed: bool,
     is_retired: bool,
+    /// By another process, which serves.
+    is_succeeded: bool,
 }
 
 /// The permission to change the store, while it is held.
@@ -114,6 +116,17 @@ impl Gate {
         let mut changes = self.state.subscribe();
         let left = tokio::time::timeout(limit, changes.wait_for(|state| state.inside == 0)).await;
         left.is_ok().then_some(closed)
+    }
+
+    /// Refuses everyone from now on, as another process serves.
+    pub(crate) fn succeed(&self) {
+        self.state.send_modify(|state| state.is_succeeded = true);
+        self.retire();
+    }
+
+    /// Whether another process serves.
+    pub(crate) fn is_succeeded(&self) -> bool {
+        self.state.borrow().is_succeeded
     }
 
     /// Refuses everyone from now on.

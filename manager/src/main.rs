@@ -37,6 +37,7 @@ mod settings;
 mod snapshots;
 mod sockets;
 mod store;
+mod successor;
 mod sys;
 mod tasks;
 mod timestamp;

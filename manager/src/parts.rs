@@ -24,6 +24,7 @@ use crate::restart::Restarter;
 use crate::settings::Settings;
 use crate::snapshots::Snapshots;
 use crate::store::{self, Store};
+use crate::successor::Successor;
 use crate::tasks::Tasks;
 
 /// The parts. Only the daemon has all of them.
@@ -48,6 +49,8 @@ pub(crate) struct Parts {
     pools: Pools,
     settings: Arc<Settings>,
     uuid: String,
+    /// The process that takes over.
+    successor: Successor,
 }
 
 impl Parts {
@@ -92,7 +95,9 @@ impl Parts {
             gate.clone(),
             settings.collection,
         ));
+        let successor = Successor::new(&settings.address);
         let transfers = Arc::new(Transfers::new(images::Parts {
+            successor: successor.clone(),
             content: Arc::clone(&content),
             store: store.clone(),
             events: Arc::clone(&events),
@@ -122,6 +127,7 @@ impl Parts {
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
+            successor,
         })
     }
 
@@ -130,12 +136,13 @@ impl Parts {
         let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
         let (events, tasks, collector) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks), || Arc::clone(&self.collector));
-        let streams = Arc::new(Streams::default());
+        let streams = Arc::new(Streams::new(gate(), self.successor.clone()));
         Services {
             transfer: Arc::new(TransferService {
                 transfers: Arc::clone(&self.transfers),
                 streams: Arc::clone(&streams),
                 gate: gate(),
+                successor: self.successor.clone(),
                 config_path: self.settings.transfer.config_path.clone(),
             }),
             streams,
@@ -163,7 +170,7 @@ impl Parts {
                 gate: gate(),
                 pool: self.pools.content.clone(),
                 ahead: self.ahead.clone(),
-                address: self.settings.address.as_path().into(),
+                successor: self.successor.clone(),
             }),
             images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
             introspection: Arc::new(Introspection {
@@ -176,6 +183,7 @@ impl Parts {
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
             gate: gate(),
+            successor: self.successor.clone(),
             calls: Arc::clone(&self.calls),
         }
     }

@@ -10,6 +10,7 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use crate::dice::Dice;
+use crate::registry::Registry;
 
 /// What a name in a layer is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -208,6 +209,13 @@ impl Image {
             chains.push(chain);
         }
         chains
+    }
+
+    /// Puts everything into a registry, which the image's name names.
+    pub fn publish(&self, registry: &Registry) {
+        let (repository, tag) = self.name.split_once('/').and_then(|(_host, name)| name.split_once(':')).unwrap_or_default();
+        self.blobs().for_each(|(_, bytes)| drop(registry.put_blob(repository, bytes)));
+        registry.put_manifest(repository, tag, MANIFEST, &self.manifest);
     }
 
     /// The image as an OCI layout in an archive, as clients import it.

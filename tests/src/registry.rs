@@ -1,5 +1,5 @@
 //! A registry on loopback: it keeps what is pushed in memory, and asks for a name and a password if it has one. A blob can be held: half of it
-//! is sent then, and the rest when it is released.
+//! is sent then, and the rest when it is released; if it is pushed, its answer waits for that.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -25,6 +25,21 @@ struct Store {
     /// Digests of which half is sent only.
     held: Mutex<HashSet<String>>,
     released: tokio::sync::Notify,
+}
+
+impl Store {
+    /// Waits until a blob is not held.
+    async fn wait_for(&self, digest: &str) {
+        loop {
+            let mut released = std::pin::pin!(self.released.notified());
+            // a release from now on counts
+            released.as_mut().enable();
+            if !self.held.lock().expect("no panic under this lock").contains(digest) {
+                return;
+            }
+            released.await;
+        }
+    }
 }
 
 impl Registry {
@@ -71,7 +86,7 @@ impl Registry {
         self.store.files.lock().expect("no panic under this lock").insert(format!("/v2/{repository}/blobs/{digest}"), file);
     }
 
-    /// Sends half of a blob only, until it is released.
+    /// Sends half of a blob only, and answers no push of it, until it is released.
     pub fn hold(&self, digest: &str) {
         self.store.held.lock().expect("no panic under this lock").insert(digest.to_owned());
     }
@@ -146,6 +161,11 @@ async fn one(socket: &mut BufReader<TcpStream>, store: &Store) -> Result<()> {
         socket.read_exact(&mut body).await?;
     }
     store.requests.lock().expect("no panic under this lock").push(format!("{method} {target}"));
+    if method == "PUT"
+        && let Some((_, digest)) = target.split_once("digest=")
+    {
+        store.wait_for(&digest.replace("%3A", ":")).await;
+    }
     let (status, more, content) = answer(&method, &target, &headers, body, store);
     let length = content.len();
     let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nDocker-Distribution-API-Version: registry/2.0\r\n{more}\r\n");
@@ -154,13 +174,7 @@ async fn one(socket: &mut BufReader<TcpStream>, store: &Store) -> Result<()> {
         let name = target.rsplit('/').next().unwrap_or_default();
         let (first, rest) = content.split_at(length / 2);
         socket.get_mut().write_all(first).await?;
-        loop {
-            let released = store.released.notified();
-            if !store.held.lock().expect("no panic under this lock").contains(name) {
-                break;
-            }
-            released.await;
-        }
+        store.wait_for(name).await;
         socket.get_mut().write_all(rest).await?;
     }
     Ok(())

@@ -44,6 +44,8 @@ mod sandboxes;
 mod shims;
 #[path = "manager/transfer.rs"]
 mod transfer;
+#[path = "manager/upgrades.rs"]
+mod upgrades;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         sandbox_cases(),
         kill_cases(),
         image_row_cases(),
+        upgrade_cases(),
         power_cases(),
     ]
     .concat();
@@ -152,7 +155,6 @@ fn transfer_cases() -> Vec<Case> {
             a_registry_that_is_slow_holds_up_no_other,
             a_layer_that_waits_for_its_turn_has_no_file_open,
             a_pull_that_is_cancelled_leaves_nothing,
-            an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
             an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
             odd_images_are_pulled_as_far_as_they_can_be,
             of_an_index_what_is_here_is_exported_and_pushed,
@@ -282,6 +284,7 @@ fn image_row_cases() -> Vec<Case> {
             an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
             an_import_keeps_what_a_killed_one_has_left_without_labels,
             a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            a_snapshot_that_a_client_has_seen_stays_as_long_as_its_lease,
             an_image_that_is_removed_and_imported_again_at_once_is_whole,
             what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
             a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
@@ -293,6 +296,15 @@ fn image_row_cases() -> Vec<Case> {
     .into_iter()
     .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
     .collect()
+}
+
+fn upgrade_cases() -> Vec<Case> {
+    cases![upgrades,
+        Scope::Once =>
+            upgrades_under_pulls_and_pushes_are_noticed_by_no_client,
+            upgrades_under_imports_and_exports_are_noticed_by_no_client,
+            an_upgrade_asks_again_for_credentials_and_takes_no_late_answer_for_those,
+    ]
 }
 
 fn power_cases() -> Vec<Case> {

@@ -45,7 +45,7 @@ fn upgrade_cases() -> Vec<Case> {
             an_upgrade_does_not_wait_for_a_slow_creation,
             a_creation_that_fails_after_an_upgrade_leaves_nothing,
             a_creation_whose_process_crashes_after_an_upgrade_can_be_repeated,
-            a_deletion_that_an_upgrade_overtakes_is_answered_when_it_is_repeated,
+            a_deletion_that_an_upgrade_overtakes_is_answered,
             a_failed_successor_changes_nothing,
             a_successor_that_crashes_at_any_step_changes_nothing,
             a_hangup_signal_is_an_upgrade,

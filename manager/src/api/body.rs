@@ -286,7 +286,7 @@ impl<B> Drop for Metered<B> {
 }
 
 /// The longest request, and the longest answer: as much as containerd and its clients take.
-pub(super) const MESSAGE_BYTES: usize = 16 << 20;
+pub(super) const MESSAGE_BYTES: usize = crate::successor::MESSAGE_BYTES;
 /// For a request to arrive.
 const COMPLETE: Duration = Duration::from_secs(30);
 /// Of one connection: a longest request, and another that begins.

@@ -7,12 +7,14 @@ use crate::error::{Error, Result};
 use crate::images::ahead::Connection;
 use crate::layers::Cancel;
 use crate::name::Namespace;
+use crate::successor::{Headers, TRANSFER_LEASE};
 
 /// The metadata of a call, and its request's share of the budget: kept until the call is answered.
 #[derive(Debug)]
 pub(super) struct Call {
     namespace: Option<String>,
     lease: Option<String>,
+    transfer: Option<String>,
     pid: i32,
     share: Share,
     connection: Option<Connection>,
@@ -33,9 +35,10 @@ impl Call {
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
         let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
+        let transfer = text(TRANSFER_LEASE).filter(|lease| !lease.is_empty());
         let connection = request.extensions().get::<Client>().map(|client| client.0.clone());
         let gone = request.extensions().get::<Cancel>().cloned().unwrap_or_default();
-        Self { namespace: text("containerd-namespace"), lease, pid, share, connection, gone }
+        Self { namespace: text("containerd-namespace"), lease, transfer, pid, share, connection, gone }
     }
 
     /// Cancelled when the client does not wait any more: what is copied for it need not be.
@@ -61,6 +64,16 @@ impl Call {
     /// The lease that is to hold what the call creates.
     pub(super) fn lease(&self) -> Option<String> {
         self.lease.clone()
+    }
+
+    /// The lease that another process has made for the transfer which goes on with this call.
+    pub(super) fn transfer_lease(&self) -> Option<String> {
+        self.transfer.clone()
+    }
+
+    /// What is passed on when another process has to answer it.
+    pub(super) fn headers(&self) -> Headers {
+        Headers { namespace: self.namespace.clone(), lease: self.lease.clone(), transfer: self.transfer.clone() }
     }
 
     /// The namespace that it is about.

@@ -1,7 +1,6 @@
 //! `containerd.services.content.v1.Content`
 
 use std::borrow::Cow;
-use std::path::Path;
 use std::sync::Arc;
 
 use containerd_client::events::{ContentCreate, ContentDelete};
@@ -19,7 +18,6 @@ use tonic::{Status, Streaming};
 
 use super::call::Call;
 use super::mask;
-use super::relay::Relay;
 use super::search::{Filters, Search};
 use super::uncopied::WriteRequest;
 use crate::content::{self, Content, Digest, Opening, Writer};
@@ -31,6 +29,7 @@ use crate::images::ahead::Ahead;
 use crate::name::{self, Namespace};
 use crate::pools::Pool;
 use crate::store::{Store, blobs};
+use crate::successor::{Relay, Successor};
 use crate::timestamp;
 
 impl Fields for Info {
@@ -64,8 +63,8 @@ pub(crate) struct ContentService {
     pub(crate) pool: Pool,
     /// Learns from what clients write which images they pull.
     pub(crate) ahead: Ahead,
-    /// Where the process that takes over serves too.
-    pub(crate) address: Arc<Path>,
+    /// Goes on with writes, once another process serves.
+    pub(crate) successor: Successor,
 }
 
 impl ContentService {
@@ -251,12 +250,12 @@ impl Session {
     }
 
     async fn relayed(&self, relay: &mut Option<Relay>, mut request: WriteRequest) -> Result<WriteContentResponse, Status> {
-        let address = &self.service.address;
+        let (successor, headers) = (&self.service.successor, self.call.headers());
         if let Some(relay) = relay {
             return relay.pass(request).await;
         }
         if self.reference.is_empty() {
-            let (begun, answer) = Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), request).await?;
+            let (begun, answer) = Relay::begin(successor, &headers, request).await?;
             *relay = Some(begun);
             return Ok(answer);
         }
@@ -266,7 +265,7 @@ impl Session {
             expected: self.expected.as_ref().map(Digest::to_string).unwrap_or_default(),
             ..WriteRequest::default()
         };
-        let begin = async |first| Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await;
+        let begin = async |first| Relay::begin(successor, &headers, first).await;
         let (mut begun, mut found) = begin(first.clone()).await?;
         if request.offset > 0 && found.offset != request.offset && !first.expected.is_empty() {
             // another client has stored the same content meanwhile, and nothing more is asked for: this one goes on with what it has written

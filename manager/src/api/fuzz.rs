@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -36,6 +35,7 @@ use crate::pools::Pools;
 use crate::settings::{Limits, Sharing};
 use crate::snapshots::Snapshots;
 use crate::store::Store;
+use crate::successor::Successor;
 
 /// Messages of a stream that a client opens, in pieces of any length, and requests of transfers: what they hold of the budget comes back.
 pub fn stream(bytes: &[u8]) {
@@ -48,9 +48,9 @@ pub fn stream(bytes: &[u8]) {
     let budget = Budget::default();
     runtime.block_on(async {
         let (call, requests) = requests::<Any>(first, rest, &budget);
-        let (streams, namespace) = (Arc::new(Streams::default()), namespace());
+        let (streams, namespace) = (Arc::new(Streams::new(Gate::default(), Successor::new("/".as_ref()))), namespace());
         let Ok(answers) = Arc::clone(&streams).stream(call, requests).await else { return };
-        let Ok(stream) = streams.take(&namespace, "s") else { return };
+        let Ok(mut stream) = streams.take(&namespace, "s") else { return };
         let mut answers = Box::pin(answers);
         let reading = async { while answers.next().await.is_some() {} };
         let using = async {
@@ -140,7 +140,7 @@ impl World {
             gate,
             pool: pools.content.clone(),
             ahead: Ahead::new(unpacker, false),
-            address: Path::new("/nowhere").into(),
+            successor: Successor::new("/nowhere".as_ref()),
         };
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
         Self { runtime, service: Arc::new(service), _folder: folder }

@@ -5,12 +5,14 @@
 //! ```
 //! Messages are those of the `containerd-client` crate. **Invariant:** a service checks what it is given before it changes anything.
 
+mod asking;
 mod authority;
 mod body;
 mod call;
 mod calls;
 mod containers;
 mod content;
+mod contents;
 mod diff;
 mod events;
 #[cfg(any(test, fuzzing))]
@@ -22,7 +24,6 @@ mod leases;
 mod mask;
 mod mounts;
 mod namespaces;
-mod relay;
 mod route;
 mod sandbox_controller;
 mod sandboxes;
@@ -32,7 +33,7 @@ mod snapshots;
 mod streaming;
 mod tasks;
 mod transfer;
-mod uncopied;
+pub(crate) mod uncopied;
 mod version;
 
 pub(crate) use calls::{BOUNDS, Calls, Cost};

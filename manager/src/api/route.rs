@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
+use log::info;
 use prost::Message;
 use tokio::sync::watch;
 use tokio_stream::Stream;
@@ -38,6 +39,7 @@ use super::version::Version;
 use crate::error::{Error, Result};
 use crate::gate::{Gate, Pass};
 use crate::layers::Cancel;
+use crate::successor::{Headers, Successor, remote};
 
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
@@ -67,6 +69,8 @@ pub(crate) struct Services {
     pub(crate) health: Arc<Health>,
     /// Entered by each call that changes something.
     pub(crate) gate: Gate,
+    /// Answers what this process cannot, once another one serves.
+    pub(crate) successor: Successor,
     /// Counts all calls.
     pub(crate) calls: Arc<Calls>,
 }
@@ -75,7 +79,8 @@ pub(crate) struct Services {
 pub(super) async fn counted(services: Arc<Services>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
     let path = request.uri().path().to_owned();
     let call = services.calls.begin();
-    let answer = route(&services, &path, Incoming { gate: services.gate.clone(), leaving, request }).await;
+    let incoming = Incoming { gate: services.gate.clone(), successor: services.successor.clone(), leaving, request };
+    let answer = route(&services, &path, incoming).await;
     let code = match &answer {
         // the status of a success comes last
         Ok(response) => response.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes())),
@@ -89,9 +94,10 @@ pub(super) async fn counted(services: Arc<Services>, leaving: Leaving, request: 
 ///
 /// A call that changes something runs to completion, even if the client disconnects; one that only reads or waits ends with its client.
 ///
-/// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
-/// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of events end with an error,
-/// so that their clients know that they have to subscribe again.
+/// When this process retires, a change that has not been made is passed on to the next process, and transfers and writes of content go on there
+/// likewise. What may wait as long as a container runs is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they never
+/// had. gRPC's own do so by themselves, once for each call, over a new connection, which the next process accepts. Streams of events end with an
+/// error, so that their clients know that they have to subscribe again.
 async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
     let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
     match service {
@@ -220,7 +226,7 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             _ => unknown(path),
         },
         "containerd.services.transfer.v1.Transfer" => match method {
-            // it ends with its client, and with this process
+            // it ends with its client
             "Transfer" => incoming.look(&s.transfer, TransferService::transfer).await,
             _ => unknown(path),
         },
@@ -251,6 +257,7 @@ fn unknown(path: &str) -> Answer {
 /// A call that has not reached its service.
 struct Incoming {
     gate: Gate,
+    successor: Successor,
     leaving: Leaving,
     request: http::Request<Metered>,
 }
@@ -273,7 +280,7 @@ impl Incoming {
     async fn change<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
     where
         S: Send + Sync + 'static,
-        Q: Message + Default + 'static,
+        Q: Message + Clone + Default + 'static,
         A: Message + Default + 'static,
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
@@ -285,7 +292,7 @@ impl Incoming {
     async fn carry<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
     where
         S: Send + Sync + 'static,
-        Q: Message + Default + 'static,
+        Q: Message + Clone + Default + 'static,
         A: Message + Default + 'static,
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
@@ -293,12 +300,12 @@ impl Incoming {
         self.run_to_end(service, handler, |_pass| None).await
     }
 
-    /// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it
-    /// ends.
-    async fn run_to_end<S, Q, A, H, F>(mut self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
+    /// A call that continues after its client disconnects. It begins when this process serves, and is passed on if another process takes over before
+    /// it ends.
+    async fn run_to_end<S, Q, A, H, F>(mut self, service: &Arc<S>, mut handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
     where
         S: Send + Sync + 'static,
-        Q: Message + Default + 'static,
+        Q: Message + Clone + Default + 'static,
         A: Message + Default + 'static,
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
@@ -308,10 +315,16 @@ impl Incoming {
         let _client = gone.guard();
         self.request.extensions_mut().insert(gone);
         let is_refused = Arc::new(AtomicBool::new(false));
-        let (gate, refuse) = (self.gate, Arc::clone(&is_refused));
-        let finish = move |call: F| {
-            let (gate, refuse) = (gate.clone(), Arc::clone(&refuse));
+        let path = self.request.uri().path().to_owned();
+        let (gate, successor, refuse) = (self.gate, self.successor, Arc::clone(&is_refused));
+        let handler = move |service: Arc<S>, call: Call, message: Q| {
+            let again = (call.headers(), message.clone());
+            (handler(service, call, message), again)
+        };
+        let finish = move |(call, (headers, message)): (F, (Headers, Q))| {
+            let (gate, refuse, successor, path) = (gate.clone(), Arc::clone(&refuse), successor.clone(), path.clone());
             async move {
+                let next = gate.clone();
                 let carried = async move {
                     let _carried = gate.carry();
                     let _pass = keep(gate.enter().await?);
@@ -319,7 +332,18 @@ impl Incoming {
                 };
                 let ended = tokio::spawn(carried).await;
                 let ended = ended.unwrap_or_else(|source| Err(Error::Panicked { what: "a request", source }));
-                refuse.store(matches!(ended, Err(Error::Retired)), Ordering::Relaxed);
+                if !matches!(ended, Err(Error::Retired)) {
+                    return ended;
+                }
+                if next.is_succeeded() {
+                    let _open = next.stream();
+                    // without a connection nothing was asked for: the client asks again
+                    if let Ok(connected) = successor.connect().await {
+                        info!(method = path; "a call is passed on to the process that has taken over");
+                        return connected.unary(&path, &headers, message).await.map_err(remote);
+                    }
+                }
+                refuse.store(true, Ordering::Relaxed);
                 ended
             }
         };

@@ -42,6 +42,11 @@ pub(crate) async fn serve(listener: UnixListener, services: Arc<Services>, limit
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
+            biased;
+            _ends = end(&mut course) => break,
+            // from now on connections are for the next process, also those by which this one passes something on
+            () = gate.retired() => break,
+            Some(_ended) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((socket, _peer)) => match Arc::clone(&places).try_acquire_owned() {
                     Ok(place) => {
@@ -59,11 +64,10 @@ pub(crate) async fn serve(listener: UnixListener, services: Arc<Services>, limit
                     tokio::time::sleep(ACCEPT_AGAIN).await;
                 }
             },
-            Some(_ended) = connections.join_next() => {}
-            _ends = end(&mut course) => break,
         }
     }
     drop(listener);
+    end(&mut course).await;
     let mut all = std::pin::pin!(async { while connections.join_next().await.is_some() {} });
     let in_time = tokio::time::timeout(LAST_CALLS, all.as_mut()).await.is_ok();
     if !in_time {

@@ -134,10 +134,11 @@ impl SnapshotService {
 
     pub(super) async fn stat(self: Arc<Self>, call: Call, request: StatSnapshotRequest) -> Result<StatSnapshotResponse> {
         let (_, place) = self.place(&call, &request.snapshotter)?;
-        let found = match self.snapshots.stat(&place, &request.key).await {
+        let lease = call.lease();
+        let found = match self.snapshots.find(&place, &request.key, lease.as_deref()).await {
             Err(Error::NotFound(_)) => {
-                self.ahead.settle(&place, &request.key, call.lease().as_deref(), call.connection()).await;
-                self.snapshots.stat(&place, &request.key).await
+                self.ahead.settle(&place, &request.key, lease.as_deref(), call.connection()).await;
+                self.snapshots.find(&place, &request.key, lease.as_deref()).await
             }
             found => found,
         };

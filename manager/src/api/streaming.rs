@@ -4,6 +4,8 @@
 //! StreamInit{id} ─▶ named ─▶ an empty message: ready ─▶ taken by a Transfer ─▶ messages, both ways ─▶ closed by either end
 //!                     └─ not taken for a while: closed
 //! ```
+//! When another process takes over, streams that nothing has taken are connected with streams of their names there.
+//!
 //! **Invariant:** a stream is taken once, and nothing of it is read before. Then one message of it is here at a time, as long as a client of
 //! these streams sends at most, which counts in the budget of requests until the next one is received.
 
@@ -18,28 +20,38 @@ use containerd_client::services::v1::StreamInit;
 use containerd_client::to_any;
 use containerd_client::types::transfer::{Data, WindowUpdate};
 use hyper::body::Bytes;
+use log::warn;
 use prost_types::Any;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex as Turn, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::call::Call;
 use crate::error::{Error, Object, Result};
+use crate::gate::Gate;
 use crate::name::Namespace;
+use crate::successor::{Headers, Successor};
 
 type Key = (Namespace, String);
 
 /// The service, and the streams that nothing has taken yet.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Streams {
     open: Mutex<Open>,
+    gate: Gate,
+    successor: Successor,
+    /// While streams are being handed over.
+    handing_over: Turn<()>,
 }
 
 #[derive(Debug, Default)]
 struct Open {
     /// Each with a number of its own: an id may be used again.
     streams: HashMap<Key, (u64, Stream)>,
+    /// Whether they go to another process.
+    are_handed_over: bool,
     last: u64,
 }
 
@@ -59,6 +71,11 @@ impl std::fmt::Debug for Stream {
 }
 
 impl Streams {
+    /// Without streams.
+    pub(crate) fn new(gate: Gate, successor: Successor) -> Self {
+        Self { open: Mutex::default(), gate, successor, handing_over: Turn::default() }
+    }
+
     pub(super) async fn stream(
         self: Arc<Self>,
         call: Call,
@@ -76,6 +93,9 @@ impl Streams {
         let _ = outgoing.try_send(Ok(Any { type_url: "google.protobuf.Empty".to_owned(), value: Vec::new() }));
         let key = (namespace, init.id);
         let number = self.add(key.clone(), Stream { incoming, outgoing })?;
+        if self.open().are_handed_over {
+            self.hand_over().await;
+        }
         let (open, closed) = oneshot::channel::<()>();
         tokio::spawn(async move {
             tokio::select! {
@@ -105,6 +125,49 @@ impl Streams {
             Entry::Vacant(place) => {
                 place.insert((number, stream));
                 Ok(number)
+            }
+        }
+    }
+
+    /// Connects all streams that nothing has taken with the process that has taken over: the call that uses one may come there. When this returns,
+    /// they are known there.
+    pub(crate) async fn hand_over(&self) {
+        let _turn = self.handing_over.lock().await;
+        let streams: Vec<_> = {
+            let mut open = self.open();
+            open.are_handed_over = true;
+            open.streams.drain().collect()
+        };
+        for ((namespace, id), (_number, stream)) in streams {
+            self.connect(&namespace, &id, stream, 0).await;
+        }
+    }
+
+    /// Connects a stream with one of its name at the process that has taken over, except for some messages of the client that come next. If that
+    /// fails, the stream is closed.
+    pub(super) async fn connect(&self, namespace: &Namespace, id: &str, stream: Stream, passed_over: usize) -> Option<JoinHandle<()>> {
+        let headers = Headers { namespace: Some(namespace.to_string()), ..Headers::default() };
+        let open = self.gate.stream();
+        let first = to_any(&StreamInit { id: id.to_owned() });
+        let begin = async {
+            let (requests, mut answers) = self.successor.connect().await?.duplex::<Any, Any>(STREAM, &headers, first).await?;
+            // it is ready
+            answers.message().await?.ok_or_else(|| Status::unavailable("the stream has ended"))?;
+            Ok::<_, Status>((requests, answers))
+        };
+        let begun = match tokio::time::timeout(OPENED, begin).await {
+            Ok(begun) => begun,
+            Err(_elapsed) => Err(Status::deadline_exceeded(format!("no answer came within {OPENED:?}"))),
+        };
+        match begun {
+            Ok((requests, answers)) => Some(tokio::spawn(async move {
+                let _open = open;
+                stream.relay(requests, answers, passed_over).await;
+            })),
+            Err(status) => {
+                warn!(stream = id, error:% = status; "cannot hand a stream over");
+                let _ = stream.outgoing.try_send(Err(status));
+                None
             }
         }
     }
@@ -204,6 +267,39 @@ pub(super) fn decode<M: prost::Message + prost::Name + Default>(any: &Any) -> Op
 }
 
 impl Stream {
+    /// Passes on what comes from either side, until the other process closes the stream, or the client is gone.
+    async fn relay(self, requests: mpsc::Sender<Any>, mut answers: Streaming<Any>, mut passed_over: usize) {
+        let Self { mut incoming, outgoing } = self;
+        let forth = async move {
+            let requests = requests;
+            while let Some(message) = incoming.next().await {
+                let Ok(message) = message else { return };
+                if passed_over > 0 {
+                    passed_over -= 1;
+                } else if requests.send(message).await.is_err() {
+                    return;
+                }
+            }
+            // the client has sent everything, and may go on reading
+            drop(requests);
+            std::future::pending::<()>().await;
+        };
+        let back = async move {
+            loop {
+                let message = answers.message().await.transpose();
+                let Some(message) = message else { return };
+                let is_last = message.is_err();
+                if outgoing.send(message).await.is_err() || is_last {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = forth => {}
+            () = back => {}
+        }
+    }
+
     /// The next message; none when the client has sent everything.
     pub(super) async fn receive(&mut self) -> Result<Option<Any>> {
         let next = tokio::time::timeout(IDLE, self.incoming.next()).await;
@@ -258,7 +354,7 @@ impl Stream {
     }
 
     /// Sends all bytes as the client grants it.
-    pub(super) async fn send_bytes(mut self, mut from: mpsc::Receiver<Bytes>) -> Result<()> {
+    pub(super) async fn send_bytes(&mut self, mut from: mpsc::Receiver<Bytes>) -> Result<()> {
         let mut granted: i64 = 0;
         loop {
             let next = tokio::select! {
@@ -303,6 +399,7 @@ const WINDOW_BYTES: i32 = 8 << 20;
 /// Not taken by a call.
 const MOST_STREAMS: usize = 128;
 const MAX_ID_BYTES: usize = 256;
+const STREAM: &str = "/containerd.services.streaming.v1.Streaming/Stream";
 
 /// A stream, and its client's ends.
 #[cfg(test)]
@@ -326,7 +423,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_is_taken_once_and_its_id_is_free_then() {
-        let streams = Streams::default();
+        let gate = Gate::default();
+        let streams = Streams::new(gate, Successor::new("/".as_ref()));
         let number = streams.add(key("a"), stream().0).expect("free");
         assert_eq!(streams.add(key("a"), stream().0).expect_err("taken").code(), tonic::Code::AlreadyExists);
         let namespace = Namespace::parse("n").expect("a name");
@@ -375,7 +473,7 @@ mod tests {
         let decoder = tonic_prost::ProstCodec::<Any, Any>::default().decoder();
         let mut request = tonic::Request::new(());
         request.metadata_mut().insert("containerd-namespace", "n".parse().expect("a value"));
-        let streams = Arc::new(Streams::default());
+        let streams = Arc::new(Streams::new(Gate::default(), Successor::new("/".as_ref())));
         let requests = Streaming::new_request(decoder, body, None, None);
         let _answers = Arc::clone(&streams).stream(Call::of(&request), requests).await.expect("opened");
         let settle = async || {
@@ -426,7 +524,10 @@ mod tests {
     async fn no_more_is_sent_than_was_granted() {
         let (ours, client, mut answers) = stream();
         let (from, bytes) = mpsc::channel(1);
-        let sending = tokio::spawn(ours.send_bytes(bytes));
+        let sending = tokio::spawn(async move {
+            let mut ours = ours;
+            ours.send_bytes(bytes).await
+        });
         from.send(Bytes::from(vec![7; 100_000])).await.expect("it takes them");
         let (mut got, mut granted) = (0, 0);
         while got < 100_000 {
@@ -445,9 +546,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_leaves_is_noticed_also_when_there_is_nothing_to_send() {
-        let (ours, _client, answers) = stream();
+        let (mut ours, _client, answers) = stream();
         let (_from, bytes) = mpsc::channel(1);
-        let sending = tokio::spawn(ours.send_bytes(bytes));
+        let sending = tokio::spawn(async move { ours.send_bytes(bytes).await });
         drop(answers);
         let ended = tokio::time::timeout(Duration::from_secs(20), sending).await.expect("it ends").expect("no panic");
         assert_eq!(ended.expect_err("it was not sent").code(), tonic::Code::Cancelled);

@@ -1,29 +1,35 @@
 //! `containerd.services.transfer.v1.Transfer`: which transfer is asked for, and the streams that belong to it.
+//!
+//! ```text
+//! client ─▶ streams, lease ─▶ transfer ─┬─▶ answer
+//!                                       └─ another process takes over ─▶ the same call there, with the streams connected ─▶ its answer
+//! ```
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use containerd_client::services::v1::TransferRequest;
 use containerd_client::to_any;
 use containerd_client::types::Platform as WirePlatform;
-use containerd_client::types::transfer::{
-    AuthRequest, AuthResponse, AuthType, ImageExportStream, ImageImportStream, ImageStore, OciRegistry, Progress as WireEvent,
-};
+use containerd_client::types::transfer::{ImageExportStream, ImageImportStream, ImageStore, OciRegistry, Progress as WireEvent};
+use log::info;
 use prost_types::Any;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
+use super::asking::Asking;
 use super::call::Call;
-use super::mask;
 use super::streaming::{Stream, Streams, decode};
-use crate::error::{Error, Result};
+use super::{contents, mask};
+use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
-use crate::images::registry::{Challenge, Credentials, Options, Reference, Registry, Secret};
+use crate::images::registry::{Credentials, Options, Reference, Registry};
 use crate::images::{
-    Event, Export, Import, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers, UnpackFor, Wanted,
-    Where,
+    Contents, Event, Export, Import, Lease, NameRule, Place, Platform, Platforms, Progress, Pull, Push, Reader, Selection, Transfers,
+    UnpackFor, Wanted, Where,
 };
 use crate::name::{self, Namespace};
+use crate::successor::{Successor, remote};
 
 /// The service.
 #[derive(Debug)]
@@ -31,6 +37,8 @@ pub(crate) struct TransferService {
     pub(crate) transfers: Arc<Transfers>,
     pub(crate) streams: Arc<Streams>,
     pub(crate) gate: Gate,
+    /// Does the rest of a transfer, once another process serves.
+    pub(crate) successor: Successor,
     /// Folders of hosts.toml for clients that name none.
     pub(crate) config_path: String,
 }
@@ -41,6 +49,8 @@ enum Side {
     Store(ImageStore),
     Import(ImageImportStream),
     Export(ImageExportStream),
+    /// What an import has made content of, before another process took over, and whether it compresses layers.
+    Contents(Contents, bool),
 }
 
 impl Side {
@@ -52,6 +62,7 @@ impl Side {
             "containerd.types.transfer.ImageStore" => decode(&any).map(Self::Store).ok_or_else(unreadable),
             "containerd.types.transfer.ImageImportStream" => decode(&any).map(Self::Import).ok_or_else(unreadable),
             "containerd.types.transfer.ImageExportStream" => decode(&any).map(Self::Export).ok_or_else(unreadable),
+            contents::TYPE => contents::of_any(&any).map(|(contents, compresses)| Self::Contents(contents, compresses)),
             other => {
                 let shown: String = other.chars().take(100).collect();
                 Err(Error::Unimplemented(format!("{shown:?} as the {what} of a transfer")))
@@ -65,73 +76,194 @@ impl Side {
             Self::Store(_) => "the image store",
             Self::Import(_) => "an import stream",
             Self::Export(_) => "an export stream",
+            Self::Contents(..) => "an archive that has come",
         }
     }
 }
 
+/// Streams of a client that a transfer has taken, and that go on with it elsewhere: their names, themselves, and what is to come in them for this process.
+type Kept = Vec<(String, Stream, usize)>;
+
+/// How a transfer has ended here.
+enum Ended {
+    Done(Result<()>),
+    /// Another process has taken over, which can do the rest, perhaps of what has come of an archive.
+    Remains {
+        streams: Kept,
+        contents: Option<Contents>,
+    },
+}
+
 impl TransferService {
     pub(super) async fn transfer(self: Arc<Self>, call: Call, request: TransferRequest) -> Result<()> {
-        let place = Place { namespace: call.namespace()?, lease: call.lease() };
-        let source = Side::of(request.source, "source")?;
-        let destination = Side::of(request.destination, "destination")?;
-        let reported = request.options.map(|options| options.progress_stream).filter(|id| !id.is_empty());
+        let place = Place { namespace: call.namespace()?, lease: call.lease(), begun: call.transfer_lease() };
+        let source = Side::of(request.source.clone(), "source")?;
+        let destination = Side::of(request.destination.clone(), "destination")?;
+        // a process that is succeeded stays until it has ended
+        let _open = self.gate.stream();
+        let lease = match (&source, &destination) {
+            // these create nothing that would have to be held
+            (Side::Store(_), Side::Store(_)) | (Side::Import(_), Side::Export(_)) => None,
+            _ => match self.transfers.lease(&place).await {
+                Err(Error::Retired) if self.gate.is_succeeded() => return self.go_on(&call, request, None, Vec::new(), None).await,
+                lease => Some(lease?),
+            },
+        };
+        let reported = request.options.as_ref().map(|options| options.progress_stream.clone()).filter(|id| !id.is_empty());
         let (progress, report) = match reported {
             Some(id) => {
-                let stream = self.streams.take(&place.namespace, &id)?;
+                let stream = match self.streams.take(&place.namespace, &id) {
+                    // it is there
+                    Err(Error::NotFound(_)) if self.gate.is_succeeded() => {
+                        return self.go_on(&call, request, lease, Vec::new(), None).await;
+                    }
+                    stream => stream?,
+                };
                 let (progress, reader) = Progress::new();
-                (progress, Some(tokio::spawn(report(reader, stream))))
+                (progress, Some((id, tokio::spawn(report(reader, stream)))))
             }
             None => (Progress::default(), None),
         };
         let reports = Reports(progress.clone());
-        let done = tokio::select! {
-            done = self.run(place, source, destination, progress) => done,
-            // another process has taken over, where a client can repeat it
-            () = self.gate.retired() => Err(Error::Retired),
-        };
+        let ended = self.run(place, lease.as_ref(), source, destination, progress).await;
         drop(reports);
-        if let Some(mut report) = report
-            && tokio::time::timeout(LAST_REPORTS, &mut report).await.is_err()
-        {
-            report.abort();
+        let mut reported = None;
+        if let Some((id, mut report)) = report {
+            match tokio::time::timeout(LAST_REPORTS, &mut report).await {
+                Ok(Ok(Some(stream))) => reported = Some((id, stream, 0)),
+                Ok(_) => {}
+                Err(_elapsed) => report.abort(),
+            }
         }
+        match ended {
+            Ended::Done(done) => {
+                let ended = match lease {
+                    Some(lease) => lease.end().await,
+                    None => Ok(()),
+                };
+                done.and(ended)
+            }
+            Ended::Remains { mut streams, contents } => {
+                streams.extend(reported);
+                self.go_on(&call, request, lease, streams, contents).await
+            }
+        }
+    }
+
+    /// Has the process that has taken over do the rest.
+    async fn go_on(
+        &self,
+        call: &Call,
+        mut request: TransferRequest,
+        lease: Option<Lease>,
+        streams: Kept,
+        contents: Option<Contents>,
+    ) -> Result<()> {
+        let namespace = call.namespace()?;
+        info!(namespace:%; "a transfer goes on in the process that has taken over");
+        // of those that nothing has taken, it may need some
+        self.streams.hand_over().await;
+        let mut relays = JoinSet::new();
+        for (id, stream, passed_over) in streams {
+            if let Some(relay) = self.streams.connect(&namespace, &id, stream, passed_over).await {
+                relays.spawn(relay);
+            }
+        }
+        if let Some(contents) = contents {
+            let compresses = match Side::of(request.source.take(), "source")? {
+                Side::Import(import) => import.force_compress,
+                Side::Contents(_, compresses) => compresses,
+                _ => false,
+            };
+            request.source = Some(contents::to_any(contents, compresses));
+        }
+        let mut headers = call.headers();
+        headers.transfer = lease.as_ref().and_then(|lease| lease.own_id().map(ToOwned::to_owned)).or(headers.transfer);
+        let connected = self.successor.connect().await.map_err(remote)?;
+        let done = connected.unary::<_, ()>(TRANSFER, &headers, request).await.map_err(remote);
+        // it was that transfer's
+        lease.into_iter().for_each(Lease::leave);
+        let last = async { while relays.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(LAST_REPORTS, last).await;
         done
     }
 
-    async fn run(&self, place: Place, source: Side, destination: Side, progress: Progress) -> Result<()> {
-        let transfers = &self.transfers;
-        match (source, destination) {
-            (Side::Registry(registry), Side::Store(store)) => {
-                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
-                let registry = self.registry(&place.namespace, registry).await?;
-                transfers.pull(Pull { place, registry, wanted, progress }).await.map(drop)
+    /// What a transfer needs is dropped when another process takes over, if that can do the rest.
+    async fn here(&self, transfer: impl Future<Output = Result<()>>) -> Result<()> {
+        tokio::select! {
+            biased;
+            done = transfer => done,
+            () = self.gate.retired() => Err(Error::Retired),
+        }
+    }
+
+    /// What comes of it, with the streams that it has had.
+    async fn ended(&self, done: Result<()>, streams: impl Future<Output = Kept>) -> Ended {
+        match done {
+            // a stream that is not here is there
+            Err(Error::Retired | Error::NotFound(Object::Stream(_))) if self.gate.is_succeeded() => {
+                Ended::Remains { streams: streams.await, contents: None }
             }
-            (Side::Store(store), Side::Registry(registry)) => {
+            done => Ended::Done(done),
+        }
+    }
+
+    async fn run(&self, place: Place, lease: Option<&Lease>, source: Side, destination: Side, progress: Progress) -> Ended {
+        match self.tried(place, lease, source, destination, progress).await {
+            Ok(ended) => ended,
+            Err(error) => self.ended(Err(error), async { Vec::new() }).await,
+        }
+    }
+
+    async fn tried(&self, place: Place, lease: Option<&Lease>, source: Side, destination: Side, progress: Progress) -> Result<Ended> {
+        let transfers = &self.transfers;
+        Ok(match (source, destination, lease) {
+            (Side::Registry(registry), Side::Store(store), Some(lease)) => {
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
+                let id = auth_stream(&registry);
+                let (registry, asking) = self.registry(&place.namespace, registry).await?;
+                let pull = Pull { place, registry, wanted, progress };
+                let done = self.here(async { transfers.pull(lease, &pull).await.map(drop) }).await;
+                drop(pull);
+                self.ended(done, credentials(id, asking)).await
+            }
+            (Side::Store(store), Side::Registry(registry), Some(lease)) => {
                 bound("platforms", store.platforms.len())?;
                 let platforms = platforms(&store.platforms);
-                let registry = self.registry(&place.namespace, registry).await?;
-                transfers.push(Push { place, name: store.name, platforms, registry, progress }).await
+                let id = auth_stream(&registry);
+                let (registry, asking) = self.registry(&place.namespace, registry).await?;
+                let push = Push { place, name: store.name, platforms, registry, progress };
+                let done = self.here(transfers.push(lease, push)).await;
+                self.ended(done, credentials(id, asking)).await
             }
-            (Side::Store(source), Side::Store(destination)) => {
-                let wanted = wanted(destination, |name| transfers.snapshotter(name))?;
-                transfers.tag(&place, &source.name, &wanted).await
+            (Side::Store(source), Side::Store(destination), _) => {
+                let done = transfers.tag(&place, &source.name, &wanted(destination, |name| transfers.snapshotter(name))?).await;
+                self.ended(done, async { Vec::new() }).await
             }
-            (Side::Import(import), Side::Store(store)) => {
+            (Side::Import(import), Side::Store(store), Some(lease)) => {
                 let wanted = wanted(store, |name| transfers.snapshotter(name))?;
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
-                let importing = transfers.import(Import { place, bytes, wanted, compresses: import.force_compress, progress });
                 let receiving = async {
                     stream.receive_bytes(send).await;
                     // the import knows how it ends
                     std::future::pending().await
                 };
-                tokio::select! { imported = importing => imported.map(drop), never = receiving => never }
+                let contents = tokio::select! {
+                    contents = transfers.receive(lease, &place.namespace, bytes, &wanted, &progress) => contents?,
+                    never = receiving => never,
+                };
+                self.import(place, lease, contents, import.force_compress, wanted, progress).await
             }
-            (Side::Store(store), Side::Export(export)) => {
+            (Side::Contents(contents, compresses), Side::Store(store), Some(lease)) => {
+                let wanted = wanted(store, |name| transfers.snapshotter(name))?;
+                self.import(place, lease, contents, compresses, wanted, progress).await
+            }
+            (Side::Store(store), Side::Export(export), Some(lease)) => {
                 let names = names(&store)?;
                 bound("platforms", export.platforms.len())?;
-                let stream = self.streams.take(&place.namespace, &export.stream)?;
+                let id = export.stream.clone();
+                let mut stream = self.streams.take(&place.namespace, &id)?;
                 let (bytes, from) = mpsc::channel(CHUNKS);
                 let export = Export {
                     place,
@@ -143,23 +275,32 @@ impl TransferService {
                     progress,
                     bytes,
                 };
-                let (exported, sent) = tokio::join!(transfers.export(export), stream.send_bytes(from));
+                let (exported, sent) = tokio::join!(transfers.export(lease, export), stream.send_bytes(from));
                 // when the client is gone, the export fails for that reason
-                sent.and(exported)
+                self.ended(sent.and(exported), async { vec![(id, stream, 0)] }).await
             }
-            (Side::Import(import), Side::Export(export)) => {
+            (Side::Import(import), Side::Export(export), _) => {
                 let from = self.streams.take(&place.namespace, &import.stream)?;
                 let to = self.streams.take(&place.namespace, &export.stream)?;
-                echo(from, to).await
+                Ended::Done(echo(from, to).await)
             }
-            (source, destination) => {
-                Err(Error::Unimplemented(format!("unable to transfer from {} to {}", source.name(), destination.name())))
+            (source, destination, _) => {
+                return Err(Error::Unimplemented(format!("unable to transfer from {} to {}", source.name(), destination.name())));
             }
+        })
+    }
+
+    /// Imports what has come of an archive.
+    async fn import(&self, place: Place, lease: &Lease, contents: Contents, compresses: bool, wanted: Wanted, progress: Progress) -> Ended {
+        let import = Import { place, contents: &contents, wanted, compresses, progress };
+        match self.here(async { self.transfers.import(lease, import).await.map(drop) }).await {
+            Err(Error::Retired) if self.gate.is_succeeded() => Ended::Remains { streams: Vec::new(), contents: Some(contents) },
+            done => Ended::Done(done),
         }
     }
 
     /// The client of a registry, with what the daemon's client says of it.
-    async fn registry(&self, namespace: &Namespace, registry: OciRegistry) -> Result<Registry> {
+    async fn registry(&self, namespace: &Namespace, registry: OciRegistry) -> Result<(Registry, Option<Arc<Asking>>)> {
         let reference = Reference::parse(&registry.reference)?;
         let resolver = registry.resolver.unwrap_or_default();
         let folders = if resolver.host_dir.is_empty() { &self.config_path } else { &resolver.host_dir };
@@ -172,10 +313,11 @@ impl TransferService {
                 return Err(Error::Invalid(format!("default scheme {shown:?}; it is http or https")));
             }
         };
-        let credentials = match resolver.auth_stream.as_str() {
+        let asking = match resolver.auth_stream.as_str() {
             "" => None,
-            id => Some(Arc::new(Asking(Mutex::new(Some(self.streams.take(namespace, id)?)))) as Arc<dyn Credentials>),
+            id => Some(Arc::new(Asking::new(self.streams.take(namespace, id)?))),
         };
+        let credentials = asking.clone().map(|asking| asking as Arc<dyn Credentials>);
         let options = Options {
             config_path: Options::folders(folders),
             plain_http,
@@ -183,7 +325,7 @@ impl TransferService {
             credentials,
             ..Options::default()
         };
-        Ok(Registry::new(reference, options).await?)
+        Ok((Registry::new(reference, options).await?, asking))
     }
 }
 
@@ -196,56 +338,32 @@ impl Drop for Reports {
     }
 }
 
-/// The client that has the credentials, asked over its stream.
-///
-/// **Invariant:** after a question that was not answered in time there is no stream. The late answer would be taken for that to the next
-/// question, and a credential go to another host.
-struct Asking(Mutex<Option<Stream>>);
-
-#[async_trait]
-impl Credentials for Asking {
-    async fn of(&self, challenge: &Challenge<'_>) -> Result<Option<Secret>> {
-        let request = AuthRequest {
-            host: challenge.host.to_owned(),
-            reference: challenge.reference.to_owned(),
-            wwwauthenticate: challenge.headers.to_vec(),
-        };
-        // one question at a time
-        let mut place = self.0.lock().await;
-        let unanswered = || Error::Precondition("a question for credentials was not answered".to_owned());
-        let mut stream = place.take().ok_or_else(unanswered)?;
-        stream.send(to_any(&request)).await?;
-        let answer = stream.receive().await?;
-        *place = Some(stream);
-        drop(place);
-        let gone = || Error::Precondition("the client has closed the stream of its credentials".to_owned());
-        let answer: AuthResponse =
-            decode(&answer.ok_or_else(gone)?).ok_or_else(|| Error::Invalid("credentials cannot be read".to_owned()))?;
-        Ok(match answer.auth_type() {
-            AuthType::None => None,
-            _ if answer.secret.is_empty() => None,
-            AuthType::Credentials => Some(Secret::Password { user: answer.username, password: answer.secret }),
-            AuthType::Refresh => Some(Secret::RefreshToken(answer.secret)),
-            AuthType::Header => Some(Secret::Header(answer.secret)),
-        })
-    }
+fn auth_stream(registry: &OciRegistry) -> String {
+    registry.resolver.as_ref().map(|resolver| resolver.auth_stream.clone()).unwrap_or_default()
 }
 
-/// Passes on what happens, as fast as the client reads it.
-async fn report(mut reader: Reader, stream: Stream) {
+/// The stream of a client's credentials, once nothing asks any more.
+async fn credentials(id: String, asking: Option<Arc<Asking>>) -> Kept {
+    let Some(asking) = asking else { return Vec::new() };
+    asking.leave().await.into_iter().map(|(stream, passed_over)| (id.clone(), stream, passed_over)).collect()
+}
+
+/// Passes on what happens, as fast as the client reads it, and returns the stream.
+async fn report(mut reader: Reader, stream: Stream) -> Option<Stream> {
     while let Some(event) = reader.next().await {
         let Event { event, name, parents, progress, total, descriptor } = event;
         let number = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         let desc = descriptor.map(|descriptor| descriptor.to_wire());
         let event = WireEvent { event, name, parents, progress: number(progress), total: number(total), desc };
         if stream.send(to_any(&event)).await.is_err() {
-            return;
+            return None;
         }
     }
+    Some(stream)
 }
 
 /// What comes in one stream goes into another.
-async fn echo(from: Stream, to: Stream) -> Result<()> {
+async fn echo(from: Stream, mut to: Stream) -> Result<()> {
     let (send, mut received) = mpsc::channel(CHUNKS);
     let (pass, passed) = mpsc::channel(CHUNKS);
     let pump = async move {
@@ -294,7 +412,7 @@ pub(super) fn parsed(request: TransferRequest) -> Result<()> {
                 assert!(wanted.references.len().max(wanted.unpacks.len()) <= MOST_OPTIONS);
             }
             Side::Export(export) => drop(platforms(&export.platforms)),
-            Side::Import(_) => {}
+            Side::Import(_) | Side::Contents(..) => {}
         }
     }
     Ok(())
@@ -337,6 +455,7 @@ fn wanted(store: ImageStore, snapshotter_of: impl Fn(&str) -> Result<Where>) -> 
     })
 }
 
+const TRANSFER: &str = "/containerd.services.transfer.v1.Transfer/Transfer";
 /// Chunks on their way between a stream and an archive.
 const CHUNKS: usize = 8;
 /// For what is reported last.
@@ -363,22 +482,5 @@ mod tests {
         drop(received);
         let ended = tokio::time::timeout(Duration::from_secs(20), echoing).await.expect("it ends").expect("no panic");
         ended.expect_err("the receiver has left");
-    }
-
-    #[tokio::test]
-    async fn a_credential_that_comes_late_goes_to_no_other_host() {
-        let answer = AuthResponse { auth_type: AuthType::Credentials.into(), secret: "s".to_owned(), ..AuthResponse::default() };
-        let of = |host| Challenge { host, reference: "r", headers: &[] };
-        let (in_time, client, _questions) = stream();
-        let asking = Asking(Mutex::new(Some(in_time)));
-        for host in ["one", "two"] {
-            client.send(Ok(to_any(&answer))).await.expect("it receives");
-            assert!(asking.of(&of(host)).await.expect("an answer").is_some());
-        }
-        let given_up = tokio::time::timeout(Duration::from_millis(20), asking.of(&of("one"))).await;
-        assert!(given_up.is_err(), "there is no answer yet");
-        // its end of the stream may be gone
-        let _ = client.send(Ok(to_any(&answer))).await;
-        assert_eq!(asking.of(&of("two")).await.expect_err("it was one's").code(), tonic::Code::FailedPrecondition);
     }
 }

@@ -8,21 +8,21 @@ use prost::Message;
 
 /// `containerd.services.content.v1.WriteContentRequest`
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct WriteRequest {
+pub(crate) struct WriteRequest {
     #[prost(enumeration = "WriteAction", tag = "1")]
-    pub(super) action: i32,
+    pub(crate) action: i32,
     #[prost(string, tag = "2")]
-    pub(super) r#ref: String,
+    pub(crate) r#ref: String,
     #[prost(int64, tag = "3")]
-    pub(super) total: i64,
+    pub(crate) total: i64,
     #[prost(string, tag = "4")]
-    pub(super) expected: String,
+    pub(crate) expected: String,
     #[prost(int64, tag = "5")]
-    pub(super) offset: i64,
+    pub(crate) offset: i64,
     #[prost(bytes = "bytes", tag = "6")]
-    pub(super) data: Bytes,
+    pub(crate) data: Bytes,
     #[prost(map = "string, string", tag = "7")]
-    pub(super) labels: HashMap<String, String>,
+    pub(crate) labels: HashMap<String, String>,
 }
 
 #[cfg(test)]

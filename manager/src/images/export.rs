@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{self, Write as _};
-use std::sync::Arc;
 
 use hyper::body::Bytes;
 use serde::Serialize;
@@ -74,17 +73,12 @@ struct Index {
 
 impl Transfers {
     /// Writes an archive. It ends with its caller, or with the receiver of its bytes.
-    pub(crate) async fn export(self: &Arc<Self>, export: Export) -> Result<()> {
-        let lease = self.lease(&export.place).await?;
-        let exported = self.export_under(&lease, &export).await;
-        let ended = lease.end().await;
-        exported.and(ended)
-    }
-
-    async fn export_under(&self, lease: &Lease, export: &Export) -> Result<()> {
-        let Export { bytes, progress, .. } = export;
+    ///
+    /// Errors: [`Error::Retired`] only before the first byte.
+    pub(crate) async fn export(&self, lease: &Lease, export: Export) -> Result<()> {
+        let Export { bytes, progress, .. } = &export;
         progress.overall("Exporting".to_owned());
-        let records = self.records(lease, export).await?;
+        let records = self.records(lease, &export).await?;
         let (send, report) = (bytes.clone(), progress.clone());
         let (next, opened) = mpsc::channel(1);
         let write = self.archives.run(move || blocking_write(opened, send, &report));

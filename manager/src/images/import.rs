@@ -20,21 +20,22 @@ use super::archive::{self, Incoming, Part, Parts};
 use super::document::{
     Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, MOST_CHILDREN, OCI_INDEX, RawDescriptor,
 };
+use super::ingest::{Ended, Ingesting};
 use super::lease::{Lease, Place};
 use super::names::{IMAGE_NAME, REF_NAME, Wanted, normalized, tag};
 use super::progress::{Progress, word};
 use super::tree::{Documents as _, Selection, Tree};
 use super::{Transfers, of};
-use crate::content::{Digest, Opening, Writer};
+use crate::content::{Digest, Opening};
 use crate::error::{Error, Object, Result};
 use crate::name::Namespace;
 
 /// What to import.
 #[derive(Debug)]
-pub(crate) struct Import {
+pub(crate) struct Import<'a> {
     pub(crate) place: Place,
-    /// The archive as it arrives.
-    pub(crate) bytes: Incoming,
+    /// Of the archive.
+    pub(crate) contents: &'a Contents,
     pub(crate) wanted: Wanted,
     /// Whether layers of `docker save` are compressed that are not.
     pub(crate) compresses: bool,
@@ -43,23 +44,36 @@ pub(crate) struct Import {
 
 /// A file of an archive that is content now.
 #[derive(Debug, Clone)]
-struct File {
-    digest: Digest,
-    size: u64,
+pub(crate) struct File {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
     /// Its first bytes.
-    magic: Vec<u8>,
+    pub(crate) magic: Vec<u8>,
 }
 
 /// Everything that an archive has.
 #[derive(Debug, Default)]
-struct Contents {
-    files: HashMap<String, File>,
-    links: HashMap<String, String>,
+pub(crate) struct Contents {
+    pub(crate) files: HashMap<String, File>,
+    pub(crate) links: HashMap<String, String>,
     /// Those that are read as a whole.
-    documents: HashMap<String, Vec<u8>>,
+    pub(crate) documents: HashMap<String, Vec<u8>>,
+    /// If layers are unpacked while the archive comes.
+    pub(crate) early: Option<Early>,
+}
+
+/// Unpacking that has begun before the images are known. It ends when this is dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct Early {
+    connection: Connection,
+    _goes_on: watch::Sender<()>,
 }
 
 impl Contents {
+    fn connection(&self) -> Option<Connection> {
+        self.early.as_ref().map(|early| early.connection.clone())
+    }
+
     /// A file, perhaps by another name.
     fn find(&self, path: &str) -> Option<&File> {
         let mut path = archive::clean(path.as_bytes())?;
@@ -81,27 +95,28 @@ impl Contents {
 }
 
 impl Transfers {
-    /// Imports an archive, and returns the names of its images. When the caller leaves, the import ends, and the collector removes what has come.
-    pub(crate) async fn import(self: &Arc<Self>, import: Import) -> Result<Vec<String>> {
-        let lease = self.lease(&import.place).await?;
-        let imported = self.import_under(&lease, import).await;
-        let ended = lease.end().await;
-        let names = imported?;
-        ended?;
-        Ok(names)
-    }
-
-    async fn import_under(self: &Arc<Self>, lease: &Lease, import: Import) -> Result<Vec<String>> {
-        let Import { place, bytes, wanted, compresses, progress } = import;
-        let namespace = &place.namespace;
+    /// Makes content of the files of an archive as they arrive. When another process takes over meanwhile, they become content there.
+    pub(crate) async fn receive(
+        self: &Arc<Self>,
+        lease: &Lease,
+        namespace: &Namespace,
+        bytes: Incoming,
+        wanted: &Wanted,
+        progress: &Progress,
+    ) -> Result<Contents> {
         progress.overall("Importing".to_owned());
         let parts = Parts::read(self.archives.clone(), bytes);
-        // until the import ends
-        let (_goes_on, connection) = watch::channel(());
-        let early = self.begins_early(namespace, lease.id(), &wanted, connection);
-        let contents = self.take(namespace, lease.id(), parts, early.as_ref(), &progress).await?;
-        let index = self.index(namespace, lease.id(), &contents, compresses).await?;
-        drop(contents);
+        let (goes_on, connection) = watch::channel(());
+        let early = self.begins_early(namespace, lease.id(), wanted, connection).map(|connection| Early { connection, _goes_on: goes_on });
+        self.take(namespace, lease.id(), parts, early, progress).await
+    }
+
+    /// Imports what an archive had, and returns the names of its images. When the caller leaves, the import ends, and the collector removes what
+    /// has come.
+    pub(crate) async fn import(self: &Arc<Self>, lease: &Lease, import: Import<'_>) -> Result<Vec<String>> {
+        let Import { place, contents, wanted, compresses, progress } = import;
+        let namespace = &place.namespace;
+        let index = self.index(namespace, lease.id(), contents, compresses).await?;
         // what an archive does not have of all platforms was not saved
         let skips_missing = wanted.selection.platforms.are_all();
         let selection = Selection { skips_missing, ..wanted.selection.clone() };
@@ -117,7 +132,7 @@ impl Transfers {
             return Err(Error::Invalid(format!("the archive has nothing for {}", selection.platforms)));
         }
         let plans = self.plan(namespace, &tree, &wanted).await?;
-        if early.is_some() {
+        if contents.early.is_some() {
             self.finish_early(namespace, lease.id(), &plans, &progress).await;
         }
         let remote = self.begin_remote(namespace, lease.id(), &plans, "").await?;
@@ -151,10 +166,10 @@ impl Transfers {
         namespace: &Namespace,
         lease: &str,
         mut parts: Parts,
-        early: Option<&Connection>,
+        early: Option<Early>,
         progress: &Progress,
     ) -> Result<Contents> {
-        let mut contents = Contents::default();
+        let mut contents = Contents { early, ..Contents::default() };
         let mut commits: JoinSet<Result<(String, File)>> = JoinSet::new();
         while let Some(part) = parts.next().await? {
             let (path, size) = match part {
@@ -190,7 +205,7 @@ impl Transfers {
                         lease: Some(lease.to_owned()),
                     };
                     let (writer, magic) = self.write(&opening, &mut parts, &path, progress).await?;
-                    commits.spawn(Arc::clone(self).commit(opening, path, writer, magic, early.cloned()));
+                    commits.spawn(Arc::clone(self).commit(opening, path, writer, magic, contents.connection()));
                     if commits.len() > COMMITS {
                         contents.add(commits.join_next().await)?;
                     }
@@ -204,15 +219,18 @@ impl Transfers {
     }
 
     /// Writes a file as it comes, unless the store has it. Returns its writer, if there is something to commit, and its first bytes.
-    async fn write(&self, opening: &Opening, parts: &mut Parts, path: &str, progress: &Progress) -> Result<(Option<Writer>, Vec<u8>)> {
+    async fn write(
+        self: &Arc<Self>,
+        opening: &Opening,
+        parts: &mut Parts,
+        path: &str,
+        progress: &Progress,
+    ) -> Result<(Option<Ingesting>, Vec<u8>)> {
         let size = opening.total;
-        let mut writer = match self.open(opening).await {
-            Err(Error::AlreadyExists(_)) => None,
-            writer => Some(writer?),
-        };
+        let mut writer = self.ingest(opening).await?;
         let mut is_needed = false;
         if let Some(writer) = &mut writer {
-            let has = writer.progress()?.offset;
+            let has = writer.offset();
             // another namespace may have all of it
             is_needed = opening.expected.is_none() || has != size;
             if is_needed && has > 0 {
@@ -247,7 +265,7 @@ impl Transfers {
         self: Arc<Self>,
         opening: Opening,
         path: String,
-        writer: Option<Writer>,
+        writer: Option<Ingesting>,
         magic: Vec<u8>,
         early: Option<Connection>,
     ) -> Result<(String, File)> {
@@ -257,19 +275,21 @@ impl Transfers {
                 self.ahead.seen(&namespace, lease.as_deref(), early.as_ref(), digest);
             }
         };
-        let Some(mut writer) = writer else {
+        let Some(writer) = writer else {
             let digest = expected.ok_or_else(|| Error::Invalid(format!("{path} of the archive has no digest")))?;
             seen(&digest);
             return Ok((path, File { digest, size, magic }));
         };
-        let found = writer.progress()?.digest;
-        let digest = expected.unwrap_or(found);
-        match writer.commit(size, Some(&digest), HashMap::new()).await {
-            Ok(digest) => {
+        let digest = match expected {
+            Some(expected) => expected,
+            None => writer.digest().clone(),
+        };
+        match writer.commit(size, &digest).await {
+            Ok(Ended::Here) => {
                 let event = ContentCreate { digest: digest.to_string(), size: i64::try_from(size).unwrap_or(i64::MAX) };
                 self.events.publish(&namespace, "/content/create", &event);
             }
-            Err(Error::AlreadyExists(_)) => {}
+            Ok(Ended::There) | Err(Error::AlreadyExists(_)) => {}
             Err(Error::Precondition(why)) => return Err(Error::Invalid(format!("{path} of the archive: {why}"))),
             Err(error) => return Err(error),
         }

@@ -7,6 +7,9 @@
 //! ```
 //! The API's Transfer service calls these functions, and others may: wire types other than records of the store are unknown here.
 //!
+//! When another process takes over, a pull or a push begins again there, and finds what has come; an export is read to its end here; the files of an
+//! archive go on arriving here and are written there, where the rest of an import follows.
+//!
 //! **Invariants:** a name leads to an image only when everything that was asked for of it is there and on the disk. What an interrupted transfer
 //! leaves is held by nothing. A digest that comes from outside is checked before it names anything.
 
@@ -19,6 +22,7 @@ mod fetch;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod import;
+mod ingest;
 mod lease;
 mod names;
 pub(crate) mod plan;
@@ -39,8 +43,8 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 pub(crate) use export::Export;
-pub(crate) use import::Import;
-pub(crate) use lease::Place;
+pub(crate) use import::{Contents, File as ArchiveFile, Import};
+pub(crate) use lease::{Lease, Place};
 pub(crate) use names::{NameRule, UnpackFor, Wanted, Where};
 pub(crate) use platform::{Platform, Platforms};
 pub(crate) use progress::{Event, Progress, Reader};
@@ -60,8 +64,10 @@ use crate::gc::Collector;
 use crate::pools::Pool;
 use crate::settings::TransferSettings;
 use crate::store::Store;
+use crate::successor::Successor;
 use ahead::Ahead;
 use fetch::Flights;
+use lease::Leases;
 use unpack::Unpacker;
 
 /// Moves images.
@@ -86,6 +92,10 @@ pub(crate) struct Transfers {
     /// Blobs that are sent at the same time, of all pushes.
     uploads: Semaphore,
     flights: Flights,
+    /// Leases that transfers of this process have made.
+    leases: Leases,
+    /// Goes on with what this process cannot end, once another one serves.
+    successor: Successor,
 }
 
 /// What transfers work with.
@@ -102,12 +112,13 @@ pub(crate) struct Parts {
     pub(crate) pool: Pool,
     pub(crate) archives: Pool,
     pub(crate) settings: TransferSettings,
+    pub(crate) successor: Successor,
 }
 
 impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { content, store, events, gate, collector, unpacker, ahead, differ, pool, archives, settings } = parts;
+        let Parts { content, store, events, gate, collector, unpacker, ahead, differ, pool, archives, settings, successor } = parts;
         Self {
             content,
             store,
@@ -122,6 +133,8 @@ impl Transfers {
             downloads: Semaphore::new(settings.max_concurrent_downloads),
             uploads: Semaphore::new(settings.max_concurrent_uploaded_layers),
             flights: Flights::default(),
+            leases: Leases::default(),
+            successor,
         }
     }
 }

@@ -34,16 +34,7 @@ pub(crate) struct Pull {
 
 impl Transfers {
     /// Pulls an image, and returns what it is. When the caller leaves, the pull ends, and the collector removes what has come.
-    pub(crate) async fn pull(self: &Arc<Self>, pull: Pull) -> Result<Descriptor> {
-        let lease = self.lease(&pull.place).await?;
-        let pulled = self.pull_under(&lease, &pull).await;
-        let ended = lease.end().await;
-        let target = pulled?;
-        ended?;
-        Ok(target)
-    }
-
-    async fn pull_under(self: &Arc<Self>, lease: &Lease, pull: &Pull) -> Result<Descriptor> {
+    pub(crate) async fn pull(self: &Arc<Self>, lease: &Lease, pull: &Pull) -> Result<Descriptor> {
         let (progress, wanted, namespace) = (&pull.progress, &pull.wanted, &pull.place.namespace);
         let source = format!("OCI Registry ({})", pull.registry.reference());
         let name = if wanted.name.is_empty() { pull.registry.reference().to_string() } else { wanted.name.clone() };

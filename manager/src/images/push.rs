@@ -59,14 +59,7 @@ impl Source for Reading {
 
 impl Transfers {
     /// Pushes an image. It ends with its caller; what a registry has by then it has.
-    pub(crate) async fn push(self: &Arc<Self>, push: Push) -> Result<()> {
-        let lease = self.lease(&push.place).await?;
-        let pushed = self.push_under(&lease, push).await;
-        let ended = lease.end().await;
-        pushed.and(ended)
-    }
-
-    async fn push_under(self: &Arc<Self>, lease: &Lease, push: Push) -> Result<()> {
+    pub(crate) async fn push(self: &Arc<Self>, lease: &Lease, push: Push) -> Result<()> {
         let Push { place, name, platforms, registry, progress } = push;
         let destination = format!("OCI Registry ({})", registry.reference());
         let target = self.target(&place.namespace, &name).await?;

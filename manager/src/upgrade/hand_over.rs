@@ -14,6 +14,7 @@ use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVI
 use crate::error::{Error, IoContext as _, Result};
 use crate::events::Exchange;
 use crate::gate::{Closed, Gate};
+use crate::images::Transfers;
 use crate::invocation::TAKE_OVER;
 use crate::notify;
 use crate::sockets::Sockets;
@@ -33,6 +34,8 @@ pub(crate) struct HandedOver<'a> {
     pub(crate) gate: &'a Gate,
     /// Whose subscribers are handed over.
     pub(crate) events: &'a Exchange,
+    /// They go on.
+    pub(crate) transfers: &'a Transfers,
 }
 
 /// Has the program at `path` take over, unless `stop` comes first, and returns its pid. From then on this process serves no client.
@@ -160,6 +163,9 @@ impl Successor {
         stop: impl Future<Output = ()>,
     ) -> Result<u32, (Error, Closed)> {
         let moving = async {
+            if let Err(error) = handed_over.transfers.keep_leases().await {
+                warn!(error = error.chain(); "leases of transfers end with this process");
+            }
             self.send(YOURS).await?;
             self.expect(READY, OPEN).await?;
             // no client can subscribe while the gate is closed
@@ -176,7 +182,7 @@ impl Successor {
         };
         match moved {
             Ok(()) => {
-                handed_over.gate.retire();
+                handed_over.gate.succeed();
                 self.has_taken_over = true;
                 // only the main process may send MAINPID, and only the new one that it is ready
                 notify::send(&format!("MAINPID={}", self.child.id()));

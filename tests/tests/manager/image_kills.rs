@@ -1,23 +1,32 @@
-//! SIGKILL at random moments of imports, deletions, collections and upgrades: acknowledged images are whole, and nothing is left that has no row.
+//! SIGKILL at random moments of imports, pulls, deletions, collections and upgrades: acknowledged images are whole, and nothing is left that has no row.
+//! Images come in steps of this process, by Transfer from a registry, and by ctr, both ways.
 //!
 //! `X_KILLS` crashes, six without it; `X_SEED` chooses which.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use containerd_client::services::v1::TransferRequest;
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
+use containerd_client::to_any;
+use containerd_client::types::transfer::ImageStore;
 use shim_tests::client::{Answer, Client};
 use shim_tests::context::Context;
 use shim_tests::dice::Dice;
 use shim_tests::image::{Image, Layer};
 use shim_tests::import::{Fact, Import, OVERLAYFS, delete_image};
-use shim_tests::operator::upgrade;
+use shim_tests::operator::{binary, output_text, printed, upgrade};
 use shim_tests::proc;
+use shim_tests::registry::Registry;
 use shim_tests::stored::Stored;
+use shim_tests::suite::Suite;
+use shim_tests::transfers::{registry_of, store};
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 
@@ -58,6 +67,29 @@ struct Worker {
     container: Option<String>,
     rounds: u64,
     dice: Dice,
+    sources: Arc<Sources>,
+    moment: Arc<Moment>,
+}
+
+/// Where images come from.
+#[derive(Debug)]
+struct Sources {
+    registry: Registry,
+    /// Of the daemon.
+    address: PathBuf,
+    /// For archives.
+    folder: PathBuf,
+    pulls: AtomicU64,
+}
+
+/// How one comes.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Steps,
+    Transfer,
+    /// It downloads and unpacks by itself.
+    CtrPull,
+    CtrImport,
 }
 
 /// When the daemon is no longer to be expected to answer.
@@ -76,19 +108,72 @@ impl Moment {
     }
 }
 
+impl Sources {
+    async fn fetch(&self, client: &Client, image: &Image, way: Way, moment: &Moment) -> Answer<()> {
+        let failed = |error: &dyn std::fmt::Display| Status::unavailable(error.to_string());
+        let mut command = Command::new(if matches!(way, Way::CtrPull) { Suite::Bookworm } else { Suite::Forky }.program("ctr"));
+        command.arg("--address").arg(&self.address).args(["--namespace", client.namespace(), "images"]);
+        match way {
+            Way::Steps | Way::Transfer => {
+                let store = ImageStore { name: image.name.clone(), ..store("") };
+                let request = TransferRequest {
+                    source: Some(to_any(&registry_of(&image.name))),
+                    destination: Some(to_any(&store)),
+                    ..TransferRequest::default()
+                };
+                return client.api().transfer().transfer(client.request(request)).await.map(drop);
+            }
+            Way::CtrPull => command.args(["pull", "--plain-http", &image.name]),
+            Way::CtrImport => {
+                let archive = self.folder.join(image.name.replace('/', "-"));
+                fs::write(&archive, image.archive()).map_err(|error| failed(&error))?;
+                command.arg("import").arg(archive)
+            }
+        };
+        command.stdin(Stdio::null());
+        let running = tokio::process::Command::from(command).kill_on_drop(true).output();
+        let killed = async {
+            while !moment.killed.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            output = running => match output {
+                Ok(output) if output.status.success() => Ok(()),
+                Ok(output) => Err(failed(&output_text(&output))),
+                Err(error) => Err(failed(&error)),
+            },
+            // it may wait for a daemon that does not come
+            () = killed => Err(failed(&"its daemon was killed")),
+        }
+    }
+}
+
 impl Worker {
-    fn new(number: u64, base: &Arc<Layer>, seed: u64) -> Self {
+    fn new(number: u64, base: &Arc<Layer>, seed: u64, sources: &Arc<Sources>) -> Self {
         let mut dice = Dice::new(seed + 1000 * number);
         let own: Vec<_> = (1..3).map(|layer| Arc::new(Layer::random(&mut dice, layer, 6 + 10 * layer))).collect();
         let layers = [&[Arc::clone(base)][..], &own].concat();
-        let name = |image: u64| format!("example.com/kills/w{number}:{image}");
+        let name = |image: u64| sources.registry.image(&format!("kills/w{number}:{image}"));
         let images = vec![Image::new(&name(1), &layers), Image::new(&name(2), &layers[..2])];
+        images.iter().for_each(|image| image.publish(&sources.registry));
         let states = images.iter().map(|image| (image.name.clone(), State::Absent)).collect();
-        Self { number, images, states, facts: Vec::new(), container: None, rounds: 0, dice }
+        Self {
+            number,
+            images,
+            states,
+            facts: Vec::new(),
+            container: None,
+            rounds: 0,
+            dice,
+            sources: Arc::clone(sources),
+            moment: Arc::default(),
+        }
     }
 
     /// Works until the daemon does not answer.
     async fn work(mut self, client: Client, moment: Arc<Moment>) -> Result<Self> {
+        self.moment = Arc::clone(&moment);
         loop {
             self.facts.clear();
             if let Err(status) = self.round(&client).await {
@@ -117,6 +202,13 @@ impl Worker {
             let is_waited_for = self.dice.below(2) == 0;
             delete_image(client, &image.name, is_waited_for).await?;
             self.states.insert(image.name.clone(), State::Absent);
+            return Ok(());
+        }
+        let way = [Way::Steps, Way::Transfer, Way::CtrPull, Way::CtrImport][usize::try_from(self.dice.below(4)).unwrap_or(0)];
+        if !matches!(way, Way::Steps) {
+            self.sources.fetch(client, &image, way, &self.moment).await?;
+            self.sources.pulls.fetch_add(1, Ordering::Relaxed);
+            self.states.insert(image.name.clone(), State::Present);
             return Ok(());
         }
         let lease = format!("w{}r{}-{}", self.number, self.rounds, self.dice.below(1 << 30));
@@ -166,7 +258,13 @@ pub(crate) async fn images_survive_kills_at_any_moment(cx: Context) -> Result<()
 async fn campaign(cx: &Context, seed: u64) -> Result<()> {
     let mut dice = Dice::new(seed);
     let base = Arc::new(Layer::random(&mut dice, 0, 10));
-    let mut workers: Vec<_> = (0..WORKERS).map(|number| Worker::new(number, &base, seed)).collect();
+    let sources = Arc::new(Sources {
+        registry: Registry::start(None).await?,
+        address: cx.daemon().address(),
+        folder: cx.folder().to_owned(),
+        pulls: AtomicU64::new(0),
+    });
+    let mut workers: Vec<_> = (0..WORKERS).map(|number| Worker::new(number, &base, seed, &sources)).collect();
     let images: Vec<_> = workers.iter().flat_map(|worker| worker.images.clone()).collect();
     let stored = Stored::new(cx.client(), &cx.daemon().folder().join("root"));
     let (mut upgrades, mut checked) = (0, 0);
@@ -215,8 +313,11 @@ async fn campaign(cx: &Context, seed: u64) -> Result<()> {
     }
     let rounds: u64 = workers.iter().map(|worker| worker.rounds).sum();
     ensure!(rounds > 0, "no import has ended");
+    // by its own command, too
+    printed(Command::new(binary()?).arg("--state").arg(cx.daemon().folder().join("state")).arg("verify"))?;
+    let pulls = sources.pulls.load(Ordering::Relaxed);
     println!(
-        "{} crashes, {upgrades} of them during an upgrade, over {rounds} imports, deletions and containers: {checked} acknowledged facts hold",
+        "{} crashes, {upgrades} of them during an upgrade, over {rounds} imports, deletions and containers, {pulls} of them pulls and imports by Transfer and ctr: {checked} acknowledged facts hold",
         kills()
     );
     Ok(())

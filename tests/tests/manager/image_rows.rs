@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, StatSnapshotRequest};
 use containerd_client::services::v1::{CreateRequest, WriteContentRequest};
 use prost_types::Timestamp;
 use shim_tests::client::Client;
@@ -15,11 +16,13 @@ use shim_tests::context::Context;
 use shim_tests::dice::Dice;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::image::{Image, Layer, Node};
-use shim_tests::import::{Fact, Import, delete_image, end_lease};
+use shim_tests::import::{Fact, Import, OVERLAYFS, delete_image, end_lease};
 use shim_tests::operator::{ctr, output_text, printed, upgrade};
 use shim_tests::power::Disk;
+use shim_tests::registry::Registry;
 use shim_tests::stored::Stored;
 use shim_tests::suite::Suite;
+use shim_tests::transfers::pull;
 use shim_tests::upload::{Upload, commit, info, read, refused, stat, write};
 use tonic::Code;
 
@@ -117,6 +120,26 @@ pub(crate) async fn a_snapshot_that_a_retry_has_found_stays_when_the_first_attem
     second.name().await?;
     second.end().await?;
     is_whole(&cx, &image).await
+}
+
+pub(crate) async fn a_snapshot_that_a_client_has_seen_stays_as_long_as_its_lease(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (client, image) = (cx.client(), image(75, "seen"));
+    import(client, &image, "first").await?;
+    // as ctr 1.6 unpacks: what is there is not asked for, and the next layer is put on it
+    let (second, chains) = (client.with_lease("second").await?, image.chains());
+    for chain in &chains {
+        let request = StatSnapshotRequest { snapshotter: OVERLAYFS.to_owned(), key: chain.clone() };
+        second.api().snapshots().stat(second.request(request)).await?;
+    }
+    delete_image(client, &image.name, true).await?;
+    let (key, parent) = ("next".to_owned(), chains[2].clone());
+    let request = PrepareSnapshotRequest { snapshotter: OVERLAYFS.to_owned(), key, parent, ..PrepareSnapshotRequest::default() };
+    second.api().snapshots().prepare(second.request(request)).await?;
+    end_lease(client, "second").await?;
+    stored(&cx).settles().await?;
+    ensure!(stored(&cx).rows().await?.snapshots.is_empty(), "it is not held for ever");
+    Ok(())
 }
 
 /// 40 times; `X_TIMES` for more.
@@ -233,7 +256,7 @@ pub(crate) async fn a_damaged_ingest_begins_again(cx: Context) -> Result<()> {
     Ok(())
 }
 
-/// From no room at all to enough, by half a mebibyte; by an `X_TIMES`-th of that.
+/// From no room at all to enough, by half a mebibyte; by an `X_TIMES`-th of that. Every other one is pulled from a registry by Transfer.
 pub(crate) async fn an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     cx.daemon().stop()?;
@@ -250,13 +273,16 @@ pub(crate) async fn an_import_that_finds_no_room_leaves_nothing_and_can_be_repea
 }
 
 async fn at_each_step(cx: &Context, root: &Path) -> Result<()> {
-    let (client, image, ballast) = (cx.client(), image(103, "full"), root.join("ballast"));
+    let (client, ballast, registry) = (cx.client(), root.join("ballast"), Registry::start(None).await?);
+    let image = Image { name: registry.image("full:1"), ..image(103, "full") };
+    image.publish(&registry);
     let (mut refused, mut step) = (BTreeMap::<String, u32>::new(), 0);
     loop {
         fill(&ballast, step * (512 << 10) / u64::from(shim_tests::times::times()))?;
         let lease = format!("l{step}");
         let begun = Import::begin(client, &image, &lease).await;
         let imported = match &begun {
+            Ok(_) if step % 2 == 1 => pull(client, &image.name).await,
             Ok(import) => import.run(&mut |_fact| {}).await,
             Err(status) => Err(status.clone()),
         };

@@ -119,7 +119,7 @@ struct Tally {
     acknowledged: usize,
     /// Cuts after which something with a row was damaged, or something acknowledged was lost.
     damaged: u64,
-    /// Those that a second import did not mend.
+    /// Those after which something was damaged or left over also after a second import.
     unmended: u64,
     failures: Vec<String>,
 }
@@ -130,7 +130,7 @@ impl std::fmt::Display for Tally {
         write!(
             f,
             "{program}: {cuts} power cuts in {bytes} written bytes with {flushes} flushes and {acknowledged} acknowledgements: {damaged} left damage or a \
-             loss, {unmended} of them also after a second import"
+             loss; after a second import something was damaged or left over in {unmended}"
         )
     }
 }

@@ -10,7 +10,6 @@ use prost_types::Any;
 use serde_json::{Value, json};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, within};
-use shim_tests::operator::upgraded;
 use shim_tests::registry::Registry;
 use shim_tests::transfers::{
     OCI_INDEX, OCI_LAYER, OCI_MANIFEST, OTHER, Parts, Stream, blobs, export, gzip, image, import, import_store, labels, names,
@@ -187,36 +186,6 @@ pub(crate) async fn a_pull_that_is_cancelled_leaves_nothing(cx: Context) -> Resu
     registry.release();
     pull(client, &name).await?;
     ensure!(snapshots(client).await?.len() == 2);
-    remove(client, &name).await?;
-    nothing_is_left(client).await
-}
-
-pub(crate) async fn an_upgrade_ends_a_pull_so_that_it_can_be_repeated(cx: Context) -> Result<()> {
-    let cx = cx.with_own_daemon().await?;
-    let client = cx.client();
-    let registry = Registry::start(None).await?;
-    let mut parts = Parts::default();
-    let manifest = parts.image(&this_machine().architecture, &[&own(&cx, "layer")]);
-    parts.publish(&registry, "app:1", &manifest)?;
-    let layer = parts.blobs.iter().find(|(_, (media_type, _))| media_type == OCI_LAYER).map(|(digest, _)| digest.clone());
-    let layer = layer.context("a layer")?;
-    registry.hold(&layer);
-    let name = registry.image("app:1");
-    let pulling = tokio::spawn({
-        let (client, name) = (client.clone(), name.clone());
-        async move { pull(&client, &name).await }
-    });
-    eventually("the layer is asked for", SOON, async || {
-        ensure!(registry.fetches(&layer) == 1);
-        Ok(())
-    })
-    .await?;
-    upgraded(cx.daemon()).await?;
-    let Err(status) = within("the pull ends", SOON, pulling).await?? else { bail!("without its layer it was pulled") };
-    ensure!(matches!(status.code(), Code::Unavailable | Code::Unknown), "{status:?}");
-    registry.release();
-    eventually("it is pulled by the next process", SOON, async || Ok(pull(client, &name).await?)).await?;
-    ensure!(snapshots(client).await?.len() == 1);
     remove(client, &name).await?;
     nothing_is_left(client).await
 }
