@@ -7,6 +7,7 @@
 //! ```
 //!
 //! **Invariant:** when `start` answers, both sockets listen, and the keeper has no descriptor of this process.
+use std::cell::OnceCell;
 use std::env;
 use std::ffi::{CString, OsStr};
 use std::fs;
@@ -52,20 +53,21 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     let group = if is_pod { None } else { group::of_bundle(&bundle)? };
     let shim = Shim { flags, bundle: &bundle, is_pod, group: group.as_deref().unwrap_or(&flags.id) };
     // containerd writes the input a while after it has executed this program. What fails is repeated with the input, which may name another place.
+    let program = OnceCell::new();
     let ahead = Some(&flags.address).filter(|daemon| !daemon.is_empty()).and_then(|daemon| {
         let place = shim.place(daemon, None).ok()?;
-        shim.begin(place, deadline).ok()
+        shim.begin(place, &program, deadline).ok()
     });
     let question = Question::parse(&read_input()?, flags);
     let daemon = question.grpc_address.as_deref().unwrap_or(&flags.address);
     let place = shim.place(daemon, question.socket_dir.as_deref())?;
     let Begun { found, place, lock } = match ahead.filter(|begun| begun.place == place) {
         Some(begun) => begun,
-        None => shim.begin(place, deadline)?,
+        None => shim.begin(place, &program, deadline)?,
     };
     let address = match found {
         Found::Keeper { address, pid } => shim.note(&address, pid).map(|()| address)?,
-        Found::None { sockets, program } => shim.launch(&place, sockets, &program, &question, daemon)?,
+        Found::None { sockets, program } => shim.launch(&place, sockets, program, &question, daemon)?,
     };
     drop(lock);
     print(question.dialect, &address)
@@ -81,19 +83,19 @@ struct Shim<'a> {
 }
 
 /// A shim whose place no other `start` takes. Dropped, the place is free again.
-struct Begun {
+struct Begun<'a> {
     // Before the lock: sockets are removed under it.
-    found: Found,
+    found: Found<'a>,
     place: Place,
     lock: Lock,
 }
 
 /// What is at the place of a shim.
-enum Found {
+enum Found<'a> {
     /// A keeper, in which a place is reserved.
     Keeper { address: String, pid: u32 },
     /// Sockets for a new one.
-    None { sockets: Sockets, program: Program },
+    None { sockets: Sockets, program: &'a Program },
 }
 
 impl Shim<'_> {
@@ -101,8 +103,8 @@ impl Shim<'_> {
         Ok(RunDir::from_environment().place(daemon, &self.flags.namespace, self.group, socket_dir)?)
     }
 
-    /// Locks the place, and joins the keeper there, or prepares a new one.
-    fn begin(&self, place: Place, deadline: Instant) -> Result<Begun, Error> {
+    /// Locks the place, and joins the keeper there, or prepares a new one. `program`: for it, found once. To dissolve its mount takes milliseconds.
+    fn begin<'a>(&self, place: Place, program: &'a OnceCell<Program>, deadline: Instant) -> Result<Begun<'a>, Error> {
         run_dir::ensure_private(&RunDir::from_environment().controls())?;
         if let Some(folder) = place.socket.parent() {
             run_dir::ensure_shared(folder)?;
@@ -113,7 +115,14 @@ impl Shim<'_> {
             None => {
                 let sockets = Sockets::bind(&place)?;
                 placement::adjust_oom_score();
-                Found::None { sockets, program: Program::find()? }
+                let program = match program.get() {
+                    Some(found) => found,
+                    None => {
+                        let found = Program::find()?;
+                        program.get_or_init(|| found)
+                    }
+                };
+                Found::None { sockets, program }
             }
         };
         Ok(Begun { found, place, lock })

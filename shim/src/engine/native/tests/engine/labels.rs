@@ -15,6 +15,7 @@ crate::cases![
     an_added_process_hands_its_profile_to_the_kernel,
     profiles_of_a_user_namespace_are_handed_to_the_kernel,
     a_label_is_handed_to_the_kernel,
+    the_label_of_a_pods_holder_is_handed_to_the_kernel,
     an_empty_profile_and_label_are_nothing,
     runc_refuses_the_same,
 ];
@@ -129,6 +130,23 @@ fn a_label_is_handed_to_the_kernel() {
     config["linux"]["mountLabel"] = json!("a:b:c:s0");
     let error = stage.create("c", &config).err().expect("refused");
     assert_eq!(error, "mount tmpfs on /dev: invalid argument");
+}
+
+/// Its last step: where it is refused, no holder is left.
+fn the_label_of_a_pods_holder_is_handed_to_the_kernel() {
+    if is_active() {
+        return;
+    }
+    let stage = Stage::new();
+    // Without those that have exited.
+    let holders = || stage.on_host("cat /proc/[0-9]*/stat 2>/dev/null | grep '(pod) [^Z]' | wc -l").trim().to_owned();
+    let error = stage.holder(Some("a:b:c:s0")).err().expect("refused");
+    assert_eq!(error, "set the label \"a:b:c:s0\": invalid argument");
+    assert_eq!(holders(), "0");
+    let holder = stage.holder(None).unwrap_or_else(|error| panic!("holder: {error}"));
+    assert_eq!(holders(), "1");
+    holder.kill();
+    holder.end();
 }
 
 fn an_empty_profile_and_label_are_nothing() {

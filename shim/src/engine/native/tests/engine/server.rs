@@ -115,6 +115,7 @@ impl Keeper {
                 let was_late = verbs::create_killed(&plan, streams, after(request))?;
                 Ok(json!({ "late": was_late }))
             }
+            "holder" => verbs::holder(request["label"].as_str()).map(|pid| json!({ "pid": pid })),
             "start" => self.made[id].start().map(|()| json!({})),
             "freeze" => self.made[id].freeze(request["freeze"] == json!(true)).map(|()| json!({})),
             "update" => self.made[id].update(request["resources"].to_string().as_bytes()).map(|()| json!({})),

@@ -229,6 +229,12 @@ impl Stage {
         Beside { process: Process { stage: self, pid, output }, until }
     }
 
+    /// Has a process made that holds the namespaces of a pod.
+    pub(crate) fn holder(&self, label: Option<&str>) -> Result<Process<'_>, String> {
+        let answer = self.ask(&json!({ "do": "holder", "label": label }))?;
+        Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output: PathBuf::new() })
+    }
+
     /// Has a process killed after some microseconds, by another one.
     pub(crate) fn kill_beside(&self, pid: u64, after: u64) -> Process<'_> {
         let answer = self.ask(&json!({ "do": "kill-beside", "pid": pid, "after": after })).expect("forked");

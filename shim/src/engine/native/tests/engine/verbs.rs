@@ -1,4 +1,5 @@
 //! What the tests' keeper does to a container beside its making and removal.
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -29,6 +30,15 @@ pub(crate) fn restore(create: &plan::Create, criu: Criu, streams: Streams) -> Re
     let init =
         report(|report| perform::restore(&encoded, Descriptors { stdio: streams.stdio, report, gate: None, console: streams.console }))?;
     Ok(Made { container: create.container(), init, gate: None })
+}
+
+/// Makes the process that holds a pid namespace of a pod. Returns its pid.
+pub(crate) fn holder(label: Option<&str>) -> Result<u32, String> {
+    let pod = plan::Pod { pid: true, label: label.map(str::to_owned), ..plan::Pod::default() };
+    let planned = plan::pod(pod, &BTreeMap::new()).map_err(|error| chain(&error))?;
+    let encoded = minicbor::to_vec(planned).map_err(|error| error.to_string())?;
+    let stdio = Streams::to_file(Path::new("/dev/null")).map_err(text)?.stdio;
+    report(|report| perform::holder(&encoded, Descriptors { stdio, report, gate: None, console: None }))
 }
 
 /// Performs a plan, kills the performer after a while, and does what a keeper does then. Returns whether it was too late for that.
