@@ -290,7 +290,7 @@ mod tests {
         let mut gone = Command::new("true").spawn().expect("true can be started");
         gone.wait().expect("a child");
         std::fs::write(folder.join("cgroup.procs"), format!("{}\n", gone.id())).expect("a file");
-        let (mut shell, _) = exec("", 0);
+        let (mut shell, _) = exec(":", 0);
         let own = Identity::of(shell.id()).expect("it runs");
         let descendants = Descendants::blocking_of(own, None, BTreeSet::new(), Cgroup::V2(folder.to_path_buf()));
         let mut found = Found::default();

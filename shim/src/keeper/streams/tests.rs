@@ -77,11 +77,11 @@ impl Bench {
         assert!(!kept.is_empty());
     }
 
-    /// Turns the loop until `done` or, as a failure, ten seconds.
+    /// Turns the loop until `done` or, as a failure, a minute.
     fn until(&mut self, what: &str, mut done: impl FnMut(&Streams) -> bool) {
-        let limit = Instant::now() + Duration::from_secs(10);
+        let limit = Instant::now() + Duration::from_secs(60);
         while !done(&self.streams) {
-            assert!(Instant::now() < limit, "{what}: not within 10 s; streams: {:?}", self.streams.snapshot());
+            assert!(Instant::now() < limit, "{what}: not within a minute; streams: {:?}", self.streams.snapshot());
             let deadline = self.streams.deadline().unwrap_or(limit).min(Instant::now() + Duration::from_millis(20));
             for source in self.poll.wait(Some(deadline)).expect("a wait") {
                 match source {
@@ -433,15 +433,18 @@ fn a_spill_that_is_never_empty_holds_little_more_than_its_limit() {
     let (mut got, mut most) = (0, 0);
     let mut part = [0; 1 << 14];
     bench.until("twenty times the limit to go through", |streams| {
-        let count = reader.read(&mut part).unwrap_or(0);
-        assert!(part[..count].iter().zip(got..).all(|(byte, at)| *byte == (at % 251) as u8), "other bytes after {got}");
-        got += count as u64;
-        if let Some(out) = outputs(streams).next() {
-            most = most.max(out.spill_file().map_or(0, |file| file.metadata().expect("an open file").blocks() * 512));
+        let spill = outputs(streams).next().and_then(|out| out.spill_file());
+        let held = spill.map_or(0, |file| file.metadata().expect("an open file").blocks() * 512);
+        most = most.max(held);
+        // the writer may have to wait for a processor
+        if held > limit / 2 {
+            let count = reader.read(&mut part).unwrap_or(0);
+            assert!(part[..count].iter().zip(got..).all(|(byte, at)| *byte == (at % 251) as u8), "other bytes after {got}");
+            got += count as u64;
         }
         got > 20 * limit
     });
-    assert!(most > limit / 2 && most <= limit + (512 << 10), "{most} bytes on the disk");
+    assert!(most <= limit + (512 << 10), "{most} bytes on the disk");
 }
 
 #[test]
