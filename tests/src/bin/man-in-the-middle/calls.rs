@@ -129,12 +129,14 @@ pub(super) struct Link {
 
 pub(super) fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
     for client in listener.incoming().flatten() {
+        // From here on, in the order of connections: its thread may begin to read after a request on a later one.
+        let half = shared.is("half-frame-blocks").then(|| shared.begin(requests::HALF_A_FRAME));
         let shared = Arc::clone(shared);
-        thread::spawn(move || drop(serve(client, shared)));
+        thread::spawn(move || drop(serve(client, shared, half)));
     }
 }
 
-fn serve(mut client: UnixStream, shared: Arc<Shared>) -> Result<()> {
+fn serve(mut client: UnixStream, shared: Arc<Shared>, half: Option<Busy>) -> Result<()> {
     static LINKS: AtomicUsize = AtomicUsize::new(0);
     let Ok(shim) = UnixStream::connect(&shared.real) else {
         if shared.is("ghost") {
@@ -151,7 +153,7 @@ fn serve(mut client: UnixStream, shared: Arc<Shared>) -> Result<()> {
         let client = other.client.lock().expect("no panic under this lock");
         let _gone_already = client.shutdown(std::net::Shutdown::Both);
     });
-    let _hung_up = link.requests(&mut client);
+    let _hung_up = link.requests(&mut client, half);
     let _gone_already = link.shim.shutdown(std::net::Shutdown::Both);
     let _it_says_nothing = answers.join();
     Ok(())
@@ -163,9 +165,9 @@ impl Link {
         format!("connection {}", self.number)
     }
 
-    /// Forwards requests, and frames that are no requests.
-    fn requests(&self, client: &mut UnixStream) -> Result<()> {
-        let (mut input, mut shim, mut half) = (Vec::new(), &self.shim, None);
+    /// Forwards requests, and frames that are no requests. `half`: kept while the last frame is not whole.
+    fn requests(&self, client: &mut UnixStream, mut half: Option<Busy>) -> Result<()> {
+        let (mut input, mut shim) = (Vec::new(), &self.shim);
         loop {
             let length = input.first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes) as usize);
             if let Some(length) = length.filter(|length| *length > MAX_PAYLOAD_BYTES) {
