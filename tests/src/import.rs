@@ -53,8 +53,8 @@ impl<'i> Import<'i> {
         self.unpack(report).await
     }
 
-    /// Uploads all content. What is there already keeps the labels that it has, which may be none: it is labelled by a call of its own, as
-    /// containerd's clients do with everything.
+    /// Uploads all content. The store does not label a blob that it already has: this client labels such a blob with an Update, as
+    /// containerd's clients do with every blob.
     pub async fn upload(&self, report: &mut (dyn FnMut(Fact) + Send)) -> Answer<()> {
         let layers = self.image.layers.iter().enumerate().map(|(number, layer)| (format!("{GC_CONTENT}l.{number}"), layer.digest.clone()));
         let links: Vec<_> = layers.chain([(format!("{GC_CONTENT}config"), digest(&self.image.config))]).collect();

@@ -89,7 +89,7 @@ impl Transfers {
         Snapshotter::parse(name).map(Where::Own)
     }
 
-    /// Begins what proxies are to unpack: finds out what is there.
+    /// Looks for the layers that proxies are to unpack: which of them each proxy already has.
     pub(super) async fn begin_remote(&self, namespace: &Namespace, lease: &str, plans: &[Plan], name: &str) -> Result<Vec<Remote>> {
         let mut all = Vec::new();
         for plan in plans {

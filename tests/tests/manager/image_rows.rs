@@ -126,7 +126,7 @@ pub(crate) async fn a_snapshot_that_a_client_has_seen_stays_as_long_as_its_lease
     let cx = cx.with_own_daemon().await?;
     let (client, image) = (cx.client(), image(75, "seen"));
     import(client, &image, "first").await?;
-    // as ctr 1.6 unpacks: what is there is not asked for, and the next layer is put on it
+    // ctr 1.6 skips a layer whose snapshot it has seen, and prepares the next one on that snapshot
     let (second, chains) = (client.with_lease("second").await?, image.chains());
     for chain in &chains {
         let request = StatSnapshotRequest { snapshotter: OVERLAYFS.to_owned(), key: chain.clone() };

@@ -37,6 +37,16 @@ impl Drop for Backend {
 }
 
 impl Backend {
+    /// Waits until it has no snapshot any more.
+    async fn is_emptied(&self) -> Result<()> {
+        eventually("the proxy has removed them", SOON, async || {
+            let keys = self.keys().await?;
+            ensure!(keys.is_empty(), "{keys:?}");
+            Ok(())
+        })
+        .await
+    }
+
     async fn start(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder)?;
         let place = folder.display();
@@ -154,12 +164,7 @@ pub(crate) async fn a_snapshotter_of_another_process_is_used_like_ones_own(cx: C
     let lease = DeleteRequest { id: "test".to_owned(), sync: true };
     client.api().leases().delete(client.request(lease)).await?;
     ensure!(list(client, FAR).await?.is_empty());
-    eventually("the proxy has removed them", SOON, async || {
-        let keys = backend.keys().await?;
-        ensure!(keys.is_empty(), "{keys:?}");
-        Ok(())
-    })
-    .await?;
+    backend.is_emptied().await?;
     // what a crash has left there, and what others have there
     let far = Client::connect(&backend.address(), "default").await?;
     for key in ["default/7/left", "default/8/child", "other", "else/7/left"] {
@@ -221,12 +226,7 @@ pub(crate) async fn layers_that_a_proxy_has_by_itself_are_neither_fetched_nor_un
     let lease = DeleteRequest { id: "test".to_owned(), sync: true };
     client.api().leases().delete(client.request(lease)).await?;
     ensure!(list(client, FAR).await?.is_empty());
-    eventually("the proxy has removed them", SOON, async || {
-        let keys = backend.keys().await?;
-        ensure!(keys.is_empty(), "{keys:?}");
-        Ok(())
-    })
-    .await
+    backend.is_emptied().await
 }
 
 pub(crate) async fn a_transfer_unpacks_with_a_snapshotter_of_another_process(cx: Context) -> Result<()> {
@@ -265,12 +265,7 @@ pub(crate) async fn a_transfer_unpacks_with_a_snapshotter_of_another_process(cx:
     files("c", &chain, &["two", "one"]).await?;
     transfers::remove(client, &registry.image("app:1")).await?;
     ensure!(list(client, FAR).await?.is_empty());
-    eventually("the proxy has removed them", SOON, async || {
-        let keys = backend.keys().await?;
-        ensure!(keys.is_empty(), "{keys:?}");
-        Ok(())
-    })
-    .await?;
+    backend.is_emptied().await?;
     // it has the lower one by itself: that is not fetched
     let far = Client::connect(&backend.address(), "default").await?;
     let mounts = prepare(&far, "overlayfs", "making", "").await?;
@@ -283,12 +278,7 @@ pub(crate) async fn a_transfer_unpacks_with_a_snapshotter_of_another_process(cx:
     ensure!(list(client, FAR).await? == expected && backend.keys().await?.contains(&diff_ids[0]));
     files("d", &chain, &["two", "one"]).await?;
     transfers::remove(client, &registry.image("app:1")).await?;
-    eventually("the proxy has removed them", SOON, async || {
-        let keys = backend.keys().await?;
-        ensure!(keys.is_empty(), "{keys:?}");
-        Ok(())
-    })
-    .await
+    backend.is_emptied().await
 }
 
 pub(crate) async fn a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_else(cx: Context) -> Result<()> {

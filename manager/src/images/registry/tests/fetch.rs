@@ -200,18 +200,22 @@ async fn a_trickle_ends_at_the_total_limit_and_a_reader_that_waits_does_not() {
     assert_eq!(registry.seen().len(), 1);
 }
 
+async fn ends_at_the_total_limit(world: &World, registry: &Double, content: &[u8]) {
+    let mut options = Options { plain_http: Some(true), ..world.options() };
+    options.limits.total = Duration::from_millis(200);
+    let client = world.with(registry, "a/b", options).await;
+    let mut blob = client.fetch(&layer(content), 0).await.expect("a blob");
+    let error = refused(read(&mut blob).await.1);
+    assert!(error.contains("less than 10240 bytes per second"), "{error}");
+}
+
 #[tokio::test]
 async fn a_server_that_breaks_off_after_each_byte_ends_at_the_total_limit_too() {
     let world = World::new("bytewise");
     let content = bytes(2_000);
     let body = content.clone();
     let registry = Double::http(move |seen, _| served(seen, &body).cut(1)).await;
-    let mut options = Options { plain_http: Some(true), ..world.options() };
-    options.limits.total = Duration::from_millis(200);
-    let client = world.with(&registry, "a/b", options).await;
-    let mut blob = client.fetch(&layer(&content), 0).await.expect("a blob");
-    let error = refused(read(&mut blob).await.1);
-    assert!(error.contains("less than 10240 bytes per second"), "{error}");
+    ends_at_the_total_limit(&world, &registry, &content).await;
 }
 
 #[tokio::test]
@@ -220,12 +224,7 @@ async fn a_server_that_sends_everything_again_for_each_byte_ends_at_the_total_li
     let content = bytes(7_000);
     let body = content.clone();
     let registry = Double::http(move |_, nth| Reply::new(200).body(body.clone()).cut((5_000 + nth).min(7_000))).await;
-    let mut options = Options { plain_http: Some(true), ..world.options() };
-    options.limits.total = Duration::from_millis(200);
-    let client = world.with(&registry, "a/b", options).await;
-    let mut blob = client.fetch(&layer(&content), 0).await.expect("a blob");
-    let error = refused(read(&mut blob).await.1);
-    assert!(error.contains("less than 10240 bytes per second"), "{error}");
+    ends_at_the_total_limit(&world, &registry, &content).await;
 }
 
 #[tokio::test]
