@@ -231,11 +231,16 @@ impl Writer {
 
     /// Appends bytes.
     pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<()> {
-        if bytes.is_empty() {
+        self.write_all(vec![bytes]).await
+    }
+
+    /// Appends bytes that came in several pieces, in one turn of a thread.
+    pub(crate) async fn write_all(&mut self, pieces: Vec<Bytes>) -> Result<()> {
+        if pieces.iter().all(Bytes::is_empty) {
             return Ok(());
         }
         self.unshare(true).await?;
-        self.with_ingest(move |ingest| ingest.append(&bytes)).await?;
+        self.with_ingest(move |ingest| pieces.iter().try_for_each(|bytes| ingest.append(bytes))).await?;
         if let (Some(arriving), State::Writing(ingest)) = (&self.arriving, &self.state) {
             arriving.advance(ingest.offset);
         }
