@@ -4,7 +4,8 @@
 //! X_SHIM=… X_DAEMON=… images-bench [--mib 1024] [--layers 20] [--rounds 3] [--blobs 10000] [--folder /var/tmp] [--only TEXT]
 //! ```
 //! It starts itself once for each daemon and round, with namespaces of its own; the daemons' files are in the folder, on a disk. containerd is
-//! measured as it comes, and with the program igzip, if that is in the cache of the suites. `--only` measures the cases with that text in their names; `--only blobs` what is no case.
+//! measured as it comes, and with the program igzip, if that is in the cache of the suites. `--only` measures what
+//! has that text in its name: a case, or `list and collection of blobs`.
 
 #[path = "images-bench/image.rs"]
 mod image;
