@@ -194,6 +194,8 @@ fn main() -> ExitCode {
         a_second_sandbox_in_a_shim_is_refused,
         a_container_does_not_get_the_process_ids_of_a_keeper,
         a_sandbox_that_is_never_started_expires,
+        a_sandbox_that_is_never_started_does_not_expire_while_a_client_asks_about_it,
+        a_request_that_has_half_arrived_when_its_sandbox_expires_is_answered,
     ]);
     cases.extend(direct_cases![specification:
         every_section_with_numbers_has_a_test,
