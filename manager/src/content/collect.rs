@@ -25,7 +25,11 @@ pub(crate) enum Scan {
 
 impl Content {
     /// Removes files that no row needs, and ingests that nothing holds.
-    pub(crate) async fn collect(&self, scan: Scan) -> Result<()> {
+    pub(crate) async fn collect(self: &Arc<Self>, scan: Scan) -> Result<()> {
+        if let Some(remote) = self.remote.as_ref().filter(|_| scan == Scan::All) {
+            remote.look_for_unnamed();
+        }
+        self.collect_there();
         self.collect_ingests().await?;
         if scan == Scan::All {
             let files = Arc::clone(&self.files);

@@ -97,6 +97,21 @@ impl Files {
         }
     }
 
+    /// A file without a name, to write and read it.
+    pub(super) fn unnamed(&self) -> Result<File> {
+        let path = self.unused();
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path).on("make", &path)?;
+        // one that a process leaves that is killed here is taken for a removed one
+        fs::remove_file(&path).on("remove", &path)?;
+        Ok(file)
+    }
+
+    /// What the file system has left.
+    pub(super) fn free_bytes(&self) -> Result<u64> {
+        let about = rustix::fs::statvfs(&self.folder).map_err(io::Error::from).on("look at the file system of", &self.folder)?;
+        Ok(about.f_bavail.saturating_mul(about.f_frsize))
+    }
+
     fn unused(&self) -> PathBuf {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.folder.join("removed").join(format!("{}-{number}", std::process::id()))
@@ -283,8 +298,7 @@ impl Ingest {
     }
 
     /// Appends the beginning of another file.
-    pub(super) fn copy(&mut self, from: &Path, bytes: u64) -> Result<()> {
-        let file = File::open(from).on("open", from)?;
+    pub(super) fn copy(&mut self, file: &File, from: &Path, bytes: u64) -> Result<()> {
         let mut buffer = vec![0; BUFFER_BYTES];
         while self.offset < bytes {
             let count = file.read_at(&mut buffer, self.offset).on("read", from)?;

@@ -9,7 +9,7 @@ use log::debug;
 use tokio::sync::Semaphore;
 
 use super::Unpacker;
-use crate::content::{Bytes, Digest, not_found};
+use crate::content::{Bytes, Digest, Found, not_found};
 use crate::error::{Error, Result};
 use crate::images::plan::Layer;
 use crate::layers::{self, Applied, Beneath, Cancel, LayerError, LayerLimits, Lowers, Target};
@@ -65,23 +65,15 @@ impl Unpacker {
             let cancel = Cancel::default();
             let _ends_with_caller = cancel.guard();
             match self.content.bytes(&job.namespace, &blob, &cancel).await? {
-                Some(mut bytes @ Bytes::Whole(_)) => {
-                    let _slot = match job.slots.try_acquire() {
-                        Ok(slot) => slot,
-                        Err(_) => {
-                            // what waits has no file open
-                            drop(bytes);
-                            // the semaphore is never closed
-                            let Ok(slot) = job.slots.acquire().await else { return Err(not_found(&blob)) };
-                            bytes = Bytes::Whole(self.content.read(&job.namespace, &blob).await?);
-                            slot
-                        }
-                    };
+                Some(Found::Whole) => {
+                    // what waits has no file open; the semaphore is never closed
+                    let Ok(_slot) = job.slots.acquire().await else { return Err(not_found(&blob)) };
+                    let bytes = Bytes::Whole(self.content.read(&job.namespace, &blob).await?);
                     let work = self.work(&job, bytes, cancel.clone()).await?;
                     return self.layers.run(work).await?;
                 }
-                Some(bytes @ Bytes::Arriving(_)) if job.waits => {
-                    let work = self.work(&job, bytes, cancel.clone()).await?;
+                Some(Found::Arriving(follower)) if job.waits => {
+                    let work = self.work(&job, Bytes::Arriving(follower), cancel.clone()).await?;
                     match self.arriving.try_run(work).await {
                         Ok(Ok(outcome)) => {
                             // only then its bytes were those that were asked for
@@ -96,7 +88,7 @@ impl Unpacker {
                     }
                     self.content.wait(&job.namespace, &blob).await?;
                 }
-                Some(Bytes::Arriving(_)) | None if !job.waits => return Err(not_found(&blob)),
+                Some(Found::Arriving(_)) | None if !job.waits => return Err(not_found(&blob)),
                 _ => changes.of(&job.namespace, &blob).await,
             }
         }
