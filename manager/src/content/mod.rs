@@ -65,7 +65,7 @@ pub(crate) struct Content {
     /// Whether something could not be removed.
     has_left: AtomicBool,
     /// Held for reading from the naming of a blob until its row is written.
-    publishing: tokio::sync::RwLock<()>,
+    publishing: Arc<tokio::sync::RwLock<()>>,
     /// Held by the verification that reads all blobs.
     verifying: tokio::sync::Mutex<()>,
 }
@@ -112,7 +112,7 @@ impl Content {
             unreferenced: Mutex::default(),
             freed: AtomicU64::new(0),
             has_left: AtomicBool::new(false),
-            publishing: tokio::sync::RwLock::default(),
+            publishing: Arc::default(),
             verifying: tokio::sync::Mutex::default(),
         })
     }
