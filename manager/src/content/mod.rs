@@ -70,7 +70,7 @@ pub(crate) struct Content {
     /// Whether something could not be removed.
     has_left: AtomicBool,
     /// Held for reading from the naming of a blob until its row is written.
-    publishing: tokio::sync::RwLock<()>,
+    publishing: Arc<tokio::sync::RwLock<()>>,
     /// Held by the verification that reads all blobs.
     verifying: tokio::sync::Mutex<()>,
     /// The proxy that has the bytes of blobs, if one does.
@@ -143,7 +143,7 @@ impl Content {
             unreferenced: Mutex::default(),
             freed: AtomicU64::new(0),
             has_left: AtomicBool::new(false),
-            publishing: tokio::sync::RwLock::default(),
+            publishing: Arc::default(),
             verifying: tokio::sync::Mutex::default(),
             remote: None,
         })

@@ -47,7 +47,8 @@ pub(crate) struct Writer {
     pub(super) state: State,
     /// For those who read it at the same time.
     arriving: Option<Arriving>,
-    _held: Held,
+    /// Of jobs, too: they go on when their caller leaves.
+    held: Arc<Held>,
 }
 
 #[derive(Debug)]
@@ -153,7 +154,7 @@ impl Content {
             Some((pin, size)) => State::Shared { pin, size, since: timestamp::now() },
             None => self.begin(&opening, &name).await?,
         };
-        let mut writer = Writer { content: Arc::clone(self), opening, name, state, arriving: None, _held: held };
+        let mut writer = Writer { content: Arc::clone(self), opening, name, state, arriving: None, held: Arc::new(held) };
         writer.announce()?;
         Ok(writer)
     }
@@ -277,12 +278,14 @@ impl Writer {
     async fn with_ingest(&mut self, job: impl FnOnce(&mut Ingest) -> Result<()> + Send + 'static) -> Result<()> {
         let State::Writing(mut ingest) = std::mem::replace(&mut self.state, State::Closed) else { return Err(closed()) };
         // another process may have taken over, and go on with the file
-        let _pass = self.content.gate.enter().await?;
+        let during = (self.content.gate.enter().await?, Arc::clone(&self.held));
         let (ingest, done) = self
             .content
             .pool
             .run(move || {
                 let done = job(&mut ingest);
+                // not with the caller, who may have left: another writer, or another process, would go on with the file meanwhile
+                drop(during);
                 (ingest, done)
             })
             .await?;
@@ -297,12 +300,13 @@ impl Writer {
         // whose bytes they are does not matter: the digest is the same
         let from = if keep { Some(self.content.open_shared(&pin.digest, size).await?) } else { None };
         let State::Writing(mut ingest) = self.content.begin(&self.opening, &self.name).await? else { return Err(closed()) };
-        let _pass = self.content.gate.enter().await?;
+        let during = (self.content.gate.enter().await?, Arc::clone(&self.held));
         let copy = move || {
             ingest.truncate()?;
             if let Some(from) = from {
                 ingest.copy(from.file(), &path, size)?;
             }
+            drop(during);
             Ok::<_, Error>(ingest)
         };
         self.state = State::Writing(self.content.pool.run(copy).await??);
@@ -363,7 +367,7 @@ impl Writer {
             return Err(wrong_size(&self.opening.reference, has, size));
         }
         let (pool, files, name) = (&self.content.pool, Arc::clone(&self.content.files), self.name.clone());
-        let pass = self.content.gate.enter().await?;
+        let during = (self.content.gate.enter().await?, Arc::clone(&self.held));
         let checked = pool.run(move || {
             let algorithm = expected.as_ref().map_or(Algorithm::default(), Digest::algorithm);
             let digest = ingest.digest_by(algorithm)?;
@@ -375,9 +379,9 @@ impl Writer {
                 }
                 return Err(error);
             }
-            Ok::<_, Error>((ingest, digest, expected.filter(|_| !is_expected)))
+            Ok::<_, Error>((ingest, digest, expected.filter(|_| !is_expected), during))
         });
-        let (ingest, digest, unmet) = checked.await??;
+        let (ingest, digest, unmet, pass) = checked.await??;
         if let Some(expected) = unmet {
             self.drop_ingest().await?;
             return Err(Error::Precondition(format!("unexpected commit digest {digest}, expected {expected}")));
@@ -391,12 +395,14 @@ impl Writer {
         if let Some(remote) = &content.remote {
             return self.commit_there(remote, ingest, digest, labels).await;
         }
-        let _named = content.publishing.read().await;
-        let _pass = content.gate.enter().await?;
+        let named = Arc::clone(&content.publishing).read_owned().await;
+        let during = (named, content.gate.enter().await?, Arc::clone(&self.held));
         // until there is a row it has none
         self.content.dereferenced([digest.clone()]);
         let (files, to) = (Arc::clone(&self.content.files), digest.clone());
-        if !self.content.pool.run(move || files.publish(*ingest, &to)).await?? {
+        // if the caller leaves, the collector looks for the file once it is named
+        let (is_published, _during) = self.content.pool.run(move || (files.publish(*ingest, &to), during)).await?;
+        if !is_published? {
             // a client has aborted it
             return Err(Error::NotFound(Object::Ingest(self.opening.reference.clone())));
         }
@@ -470,3 +476,50 @@ fn wrong_size(reference: &str, has: u64, size: u64) -> Error {
 
 /// References are made of names and digests.
 const MAX_REFERENCE_BYTES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::gate::Gate;
+    use crate::pools::Pool;
+    use crate::store::Store;
+
+    #[tokio::test]
+    async fn a_write_whose_caller_has_left_keeps_its_reference_and_its_pass_until_it_is_done() {
+        let folder = scratch::Folder::new("content-left");
+        let gate = Gate::default();
+        let content = Content::open(&folder.join("content"), Sharing::Shared, Store::new(&folder), Pool::new("test", 2), gate.clone())
+            .expect("a folder");
+        let content = Arc::new(content);
+        let namespace = Namespace::parse("n").expect("a name");
+        let opening = Opening { namespace, reference: "r".to_owned(), total: 0, expected: None, lease: None };
+        let mut writer = content.write(opening.clone()).await.expect("a writer");
+        let (begun, begins) = mpsc::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let caller = tokio::spawn(async move {
+            let slow = move |ingest: &mut Ingest| {
+                begun.send(()).expect("the test waits");
+                ends.recv().expect("the test ends it");
+                ingest.append(b"late")
+            };
+            writer.with_ingest(slow).await
+        });
+        tokio::task::spawn_blocking(move || begins.recv()).await.expect("no panic").expect("it runs");
+        caller.abort();
+        assert!(caller.await.expect_err("it was given up").is_cancelled());
+        assert!(gate.close(Duration::ZERO).await.is_none(), "an upgrade waits for it");
+        assert!(content.references.try_take("n/r").is_none(), "another writer waits for it");
+        end.send(()).expect("it runs");
+        let next = loop {
+            match content.write(opening.clone()).await {
+                Err(Error::Held { .. }) => {}
+                next => break next.expect("a writer"),
+            }
+        };
+        assert_eq!(next.progress().expect("open").offset, 4, "it goes on behind what was written");
+        assert!(gate.close(Duration::from_secs(60)).await.is_some());
+    }
+}

@@ -231,8 +231,8 @@ impl Transfers {
         let mut is_needed = false;
         if let Some(writer) = &mut writer {
             let has = writer.offset();
-            // another namespace may have all of it
-            is_needed = opening.expected.is_none() || has != size;
+            // another namespace may have all of it, or an import that was killed; that may also have left as many other bytes
+            is_needed = has != size || opening.expected.as_ref() != Some(writer.digest());
             if is_needed && has > 0 {
                 // what another import has left
                 writer.truncate().await?;
@@ -498,7 +498,11 @@ const WORTH_SHOWING_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::mpsc;
+
     use super::*;
+    use crate::layers::testing::{Archive, is_root};
+    use crate::settings::Settings;
 
     #[test]
     fn a_file_of_an_archive_is_used_by_its_name() {
@@ -532,6 +536,44 @@ mod tests {
             [("./a/layer.tar", true), ("b/layer.tar", true), ("c", true), ("loop", false), ("gone", false), ("../c", false)]
         {
             assert_eq!(contents.find(path).is_some(), is_there, "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_import_has_left_is_written_again_unless_it_is_the_file() {
+        if !is_root() {
+            return;
+        }
+        let folder = scratch::Folder::new("import-left");
+        let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
+        let parts = crate::parts::Parts::open(&settings).await.expect("a store");
+        let (transfers, namespace) = (Arc::clone(&parts.transfers), Namespace::parse("n").expect("a name"));
+        for left in ["wrong", "right", "rig", "too long"] {
+            let text = format!("right {left}");
+            let (file, left) = (text.as_bytes().to_vec(), text.replace("right", left));
+            let digest = Digest::of_bytes(&file);
+            let opening = Opening {
+                namespace: namespace.clone(),
+                reference: format!("import-{digest}"),
+                total: 0,
+                expected: Some(digest.clone()),
+                lease: None,
+            };
+            let mut writer = transfers.content.write(opening).await.expect("a writer");
+            writer.write(left.clone().into()).await.expect("written");
+            writer.close().await.expect("closed");
+            let place = Place { namespace: namespace.clone(), lease: None, begun: None };
+            let lease = transfers.lease(&place).await.expect("a lease");
+            let path = format!("blobs/sha256/{}", digest.hex());
+            let (send, bytes) = mpsc::channel(1);
+            send.send(Ok(Archive::default().file(&path, &file).end().into())).await.expect("room");
+            drop(send);
+            let received = transfers.receive(&lease, &namespace, bytes, &Wanted::default(), &Progress::default()).await;
+            let contents = received.unwrap_or_else(|error| panic!("{left:?}: {}", error.chain()));
+            assert_eq!(contents.files[&path].digest, digest, "{left:?}");
+            let blob = transfers.content.read(&namespace, &digest).await.expect("content");
+            assert_eq!(blob.blocking_read(0, 100).expect("bytes"), file);
+            lease.end().await.expect("ended");
         }
     }
 }

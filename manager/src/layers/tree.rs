@@ -101,8 +101,18 @@ pub(super) fn remove_unless(folder: BorrowedFd<'_>, name: &[u8], stops: &dyn Fn(
         Err(Errno::ISDIR) => {}
         Err(error) => return Err(error),
     }
-    clear(open_unmounted(folder, name)?, &mut |_| false, stops)?;
+    clear(open_unmounted(folder, name)?, &mut |_, _, _| Fate::Removed, stops)?;
     unlinkat(folder, name, AtFlags::REMOVEDIR)
+}
+
+/// Whether nothing is in a folder.
+pub(super) fn is_empty(folder: BorrowedFd<'_>) -> rustix::io::Result<bool> {
+    for entry in Dir::read_from(folder)? {
+        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Opens a folder of the same mount: what is mounted on a file of ours is not ours to remove.
@@ -159,10 +169,23 @@ pub(super) fn climb<L>(levels: &mut [L], rung: impl Fn(&mut L) -> &mut Rung) -> 
     Ok(())
 }
 
+/// What becomes of a file in a folder that is cleared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It goes; a folder stays if something in it does.
+    Removed,
+    Kept,
+    /// A folder is kept with everything in it, which is not looked at.
+    Whole,
+}
+
+/// What is asked about each file in a folder that is cleared: its folder's inode, its name there, and itself.
+pub(super) type Judge<'a> = dyn FnMut(u64, &[u8], &Stat) -> Fate + 'a;
+
 /// Removes everything in a folder but what is to be kept, and folders that it is in. Whether anything was kept.
 ///
 /// Not by recursion: a layer's folders can be deeper than a stack.
-pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool, stops: &dyn Fn() -> bool) -> rustix::io::Result<bool> {
+pub(super) fn clear(folder: OwnedFd, judge: &mut Judge<'_>, stops: &dyn Fn() -> bool) -> rustix::io::Result<bool> {
     struct Level {
         folder: Rung,
         names: Vec<Vec<u8>>,
@@ -195,15 +218,15 @@ pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool, stops
             Err(Errno::NOENT) => continue,
             stat => stat?,
         };
-        let is_kept = keeps(&stat);
-        if matches!(found(stat), Found::Folder(_)) {
-            let folder = open_unmounted(top.folder.fd()?, &name)?;
-            levels.push(level(folder, name, is_kept)?);
-            shed(&mut levels, |level| &mut level.folder);
-        } else if is_kept {
-            top.kept = true;
-        } else {
-            unlinkat(top.folder.fd()?, name, AtFlags::empty())?;
+        let is_folder = matches!(found(stat), Found::Folder(_));
+        match judge(top.folder.id.1, &name, &stat) {
+            fate @ (Fate::Removed | Fate::Kept) if is_folder => {
+                let folder = open_unmounted(top.folder.fd()?, &name)?;
+                levels.push(level(folder, name, fate == Fate::Kept)?);
+                shed(&mut levels, |level| &mut level.folder);
+            }
+            Fate::Removed => unlinkat(top.folder.fd()?, name, AtFlags::empty())?,
+            Fate::Kept | Fate::Whole => top.kept = true,
         }
     }
 }

@@ -30,7 +30,7 @@ impl Layer {
         match &entry.kind {
             Kind::File { size } => {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                // nearly always the mode that it is to have, which is one call less; no one else can look into the folder
+                // nearly always the mode that it is to have, which is one call less; no other process can look into the folder
                 let create = || openat(&place.folder, &*place.name, flags, Mode::from_raw_mode(entry.mode & PERMISSIONS));
                 let file = self.replacing(place, create)?.file("make file", &place.path)?;
                 data::write(&file, *size, reader, &place.path)?;
@@ -142,7 +142,7 @@ impl Layer {
             made => made.file("make link", &place.path)?,
         }
         // its attributes are those of the other name
-        self.own_links.insert(std::hash::BuildHasher::hash_one(&self.hasher, &*place.path));
+        self.own_links.insert(fstat(&place.folder).file("look at folder of", &place.path)?.st_ino, &place.name);
         Ok(())
     }
 

@@ -31,7 +31,7 @@ use std::rc::Rc;
 use std::thread;
 
 use log::{debug, warn};
-use rustix::fs::{AtFlags, FlockOperation, Stat, flock, utimensat};
+use rustix::fs::{AtFlags, FlockOperation, Stat, flock, fstat, utimensat};
 use rustix::io::Errno;
 
 use super::decode::{Compression, Decoder};
@@ -134,9 +134,10 @@ struct Layer {
     is_overlay: bool,
     /// Files that this layer has made, or has an entry for, by inode.
     own: HashSet<u64>,
-    /// Hard links that it has made: the file may be another layer's. Hashes of their paths, by a key of this process.
-    own_links: HashSet<u64>,
-    hasher: RandomState,
+    /// Hard links that it has made: the file may be another layer's.
+    own_links: Links,
+    /// Folders in which nothing of lower layers is left, by inode.
+    cleared: HashSet<u64>,
     /// Set at the end: what is made in a folder changes them.
     folder_times: BTreeMap<Vec<u8>, Time>,
     implicit: BTreeSet<Vec<u8>>,
@@ -146,6 +147,27 @@ struct Layer {
     has_whiteouts: bool,
     needs_lowers: bool,
     bounds: Bounds,
+    /// How many files were looked at to clear folders.
+    #[cfg(test)]
+    judged: usize,
+}
+
+/// Names in folders, as hashes by a key of this process.
+#[derive(Debug, Default)]
+struct Links {
+    hasher: RandomState,
+    hashes: HashSet<u64>,
+}
+
+impl Links {
+    /// By the folder's inode: a path may lead there over links.
+    fn insert(&mut self, folder: u64, name: &[u8]) {
+        self.hashes.insert(self.hasher.hash_one((folder, name)));
+    }
+
+    fn contains(&self, folder: u64, name: &[u8]) -> bool {
+        !self.hashes.is_empty() && self.hashes.contains(&self.hasher.hash_one((folder, name)))
+    }
 }
 
 /// What a layer may still use, beside what is as long as its archive: a few bytes of it can ask for a lot.
@@ -194,8 +216,8 @@ impl Layer {
             lowers,
             is_overlay,
             own: HashSet::new(),
-            own_links: HashSet::new(),
-            hasher: RandomState::new(),
+            own_links: Links::default(),
+            cleared: HashSet::new(),
             folder_times: BTreeMap::new(),
             implicit: [Vec::new()].into(),
             last: None,
@@ -203,6 +225,8 @@ impl Layer {
             has_whiteouts: false,
             needs_lowers: false,
             bounds,
+            #[cfg(test)]
+            judged: 0,
         }
     }
 
@@ -231,8 +255,8 @@ impl Layer {
         self.make(&place, entry, reader)
     }
 
-    fn is_own(&self, stat: &Stat, path: &[u8]) -> bool {
-        self.own.contains(&stat.st_ino) || (!self.own_links.is_empty() && self.own_links.contains(&self.hasher.hash_one(path)))
+    fn is_own(&self, stat: &Stat, place: &Place) -> bool {
+        self.own.contains(&stat.st_ino) || fstat(&place.folder).is_ok_and(|folder| self.own_links.contains(folder.st_ino, &place.name))
     }
 
     /// What is under a name goes, and with it what is known of it.

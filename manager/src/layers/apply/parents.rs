@@ -145,7 +145,7 @@ impl Layer {
                     let shows_lower = shows_lower && !tree::is_opaque(folder.as_fd());
                     way.enter(folder, place, shows_lower).file("look below at folder of", entry)?;
                 }
-                Found::Other(stat) if self.is_own(&stat, &place.path) => {
+                Found::Other(stat) if self.is_own(&stat, &place) => {
                     return Err(refused(entry, "the layer has a file where this entry needs a folder"));
                 }
                 Found::Absent | Found::Symlink(_) | Found::Whiteout | Found::Other(_) => {
@@ -198,7 +198,7 @@ impl Layer {
 
     /// A file of a lower layer becomes one of the upper folder: what links to it needs it there.
     pub(super) fn copy_up(&mut self, path: &[u8], entry: &[u8]) -> Result<Option<Place>> {
-        if self.lowers.is_empty() {
+        if self.lowers.is_empty() || self.is_hidden(path)? == Some(true) {
             return Ok(None);
         }
         let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();

@@ -3,12 +3,12 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 
-use rustix::fs::{AtFlags, FileType, Mode, mknodat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, Stat, fstat, mknodat, unlinkat};
 use rustix::io::Errno;
 
 use super::{Layer, Place, refused};
 use crate::layers::lower::Below;
-use crate::layers::tree::{self, Found};
+use crate::layers::tree::{self, Fate, Found};
 use crate::layers::{OnFile as _, Result};
 
 impl Layer {
@@ -43,7 +43,7 @@ impl Layer {
                 }
                 Ok(())
             }
-            Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, &place.path) => Ok(()),
+            Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, place) => Ok(()),
             Found::Symlink(_) | Found::Other(_) => {
                 self.remove(place)?;
                 if self.is_overlay && self.hides_something(&place.path)? { self.make_whiteout(place) } else { Ok(()) }
@@ -63,7 +63,7 @@ impl Layer {
                 self.own.insert(stat.st_ino);
                 tree::open_folder(place.folder.as_fd(), &place.name).file("open", &place.path)?
             }
-            Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, &place.path) => {
+            Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, &place) => {
                 return Err(refused(entry, "the layer itself has no folder there"));
             }
             Found::Absent | Found::Symlink(_) | Found::Whiteout | Found::Other(_) => {
@@ -93,9 +93,32 @@ impl Layer {
     /// Removes what is not this layer's. Whether anything stays.
     fn clear(&mut self, folder: &OwnedFd, path: &[u8]) -> Result<bool> {
         self.last = None;
-        let own = &self.own;
+        let inode = fstat(folder).file("look at", path)?.st_ino;
+        if self.cleared.contains(&inode) {
+            return tree::is_empty(folder.as_fd()).map(|is_empty| !is_empty).file("read folder", path);
+        }
+        let (own, links, cleared) = (&self.own, &self.own_links, &self.cleared);
+        #[cfg(test)]
+        let judged = &mut self.judged;
+        let mut judge = |above: u64, name: &[u8], stat: &Stat| {
+            #[cfg(test)]
+            {
+                *judged += 1;
+            }
+            let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+            if is_folder && cleared.contains(&stat.st_ino) {
+                Fate::Whole
+            } else if own.contains(&stat.st_ino) || links.contains(above, name) {
+                Fate::Kept
+            } else {
+                Fate::Removed
+            }
+        };
         let folder = folder.try_clone().file("open", path)?;
-        tree::clear(folder, &mut |stat| own.contains(&stat.st_ino), &|| false).file("clear", path)
+        let kept = tree::clear(folder, &mut judge, &|| false).file("clear", path)?;
+        // what comes later is this layer's: marks may be repeated as often as an archive has room, and each folder is gone through once
+        self.cleared.insert(inode);
+        Ok(kept)
     }
 
     /// Whether lower layers have something of that path, as far as they are known: a whiteout that hides nothing is seen in lists of the folder.
@@ -103,19 +126,34 @@ impl Layer {
         if self.lowers.is_empty() {
             return Ok(true);
         }
-        let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
+        match self.is_hidden(path)? {
+            Some(true) => Ok(false),
+            Some(false) => {
+                let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
+                Ok(!matches!(self.lowers.find(&names).file("look below at", path)?, Below::Absent))
+            }
+            // there may be something
+            None => Ok(true),
+        }
+    }
+
+    /// Whether this layer has deleted or replaced a folder on the way to a path, so that nothing of lower layers is seen there. None if it has a
+    /// link, or no folder yet, on the way.
+    pub(super) fn is_hidden(&self, path: &[u8]) -> Result<Option<bool>> {
         let mut folder = self.root.try_clone().file("open", b"/")?;
+        let names: Vec<&[u8]> = path.split(|byte| *byte == b'/').collect();
         for name in names.split_last().map_or(&[][..], |(_, folders)| folders) {
-            folder = match tree::open_folder(folder.as_fd(), name) {
-                Ok(folder) => folder,
-                // a link: it may lead to where there is something
-                Err(_) => return Ok(true),
-            };
+            match tree::look(folder.as_fd(), name).file("look at", path)? {
+                Found::Folder(_) => {}
+                Found::Whiteout | Found::Other(_) => return Ok(Some(true)),
+                Found::Absent | Found::Symlink(_) => return Ok(None),
+            }
+            folder = tree::open_folder(folder.as_fd(), name).file("open folder of", path)?;
             if tree::is_opaque(folder.as_fd()) {
-                return Ok(false);
+                return Ok(Some(true));
             }
         }
-        Ok(!matches!(self.lowers.find(&names).file("look below at", path)?, Below::Absent))
+        Ok(Some(false))
     }
 
     fn make_whiteout(&self, place: &Place) -> Result<()> {

@@ -103,6 +103,29 @@ fn names_of_folders_that_a_layer_has_kept_in_memory_are_bounded() {
     }
 }
 
+#[test]
+fn a_folder_is_gone_through_once_however_often_it_is_said_to_be_opaque() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("marks");
+    let root = tree::open_root(&new(&folder, "root")).expect("a folder");
+    let bounds = Bounds { copied: 0, names: NAMES_BYTES, cancel: Cancel::default() };
+    let mut layer = Layer::new(root, Lowers::default(), true, bounds);
+    let mut reader = Reader::new(io::empty(), Limits::default());
+    let mut add = |layer: &mut Layer, path: &str| layer.entry(&entry(path, Kind::Fifo), &mut reader).expect("applied");
+    for number in 0..100 {
+        add(&mut layer, &format!("a/b/c/{number}"));
+    }
+    for _again in 0..20 {
+        for mark in ["a/b/c/.wh..wh..opq", "a/b/.wh..wh..opq", "a/.wh..wh..opq", ".wh.a", ".wh..wh..opq"] {
+            add(&mut layer, mark);
+        }
+    }
+    assert!(layer.judged <= 110, "{}", layer.judged);
+    assert_eq!(fs::read_dir(folder.join("root/a/b/c")).expect("a folder").count(), 100);
+}
+
 /// The same bytes for ever.
 struct Endless {
     bytes: Vec<u8>,
@@ -175,11 +198,11 @@ fn a_deep_tree_is_measured_and_removed_with_few_descriptors() {
     assert_eq!(measured.inodes, 1501, "the root and all in it");
     let most = std::cell::Cell::new(0);
     let count = || most.set(most.get().max(fs::read_dir("/proc/self/fd").expect("descriptors").count()));
-    let mut keeps = |_stat: &Stat| {
+    let mut judge = |_folder: u64, _name: &[u8], _stat: &Stat| {
         count();
-        false
+        tree::Fate::Removed
     };
-    tree::clear(tree::open_root(&target).expect("a folder"), &mut keeps, &|| false).expect("removed");
+    tree::clear(tree::open_root(&target).expect("a folder"), &mut judge, &|| false).expect("removed");
     assert!(most.get() < 700, "{} descriptors", most.get());
     assert_eq!(fs::read_dir(&target).expect("a folder").count(), 0);
 }

@@ -28,6 +28,11 @@ fn whiteouts_delete_what_is_below_and_nothing_of_their_own_layer() {
         (tar().file(".wh.f", "").file("f", "2"), all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"])),
         (tar().file("f", "2").file(".wh.f", ""), all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"])),
         (tar().link("l", "f").file(".wh.f", ""), all(&["d", "d/old", "d/sub", "d/sub/deep", "l", "s"])),
+        // its own links, whose files are of lower layers
+        (tar().link("d/l", "f").file("d/.wh..wh..opq", ""), all(&["d", "d/l", "f", "s"])),
+        (tar().link("d/l", "f").file(".wh.d", ""), all(&["d", "d/l", "f", "s"])),
+        (tar().link("d/sub/l", "f").file("d/.wh..wh..opq", ""), all(&["d", "d/sub", "d/sub/l", "f", "s"])),
+        (tar().link("s/l", "f").file("d/.wh..wh..opq", ""), all(&["d", "d/l", "f", "s"])),
         // an opaque folder where there was a link to one: its target keeps its files
         (tar().file("s/.wh..wh..opq", ""), all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"])),
         (tar().file(".wh..wh..opq", "").file("n", ""), all(&["n"])),
@@ -46,6 +51,28 @@ fn whiteouts_delete_what_is_below_and_nothing_of_their_own_layer() {
         assert_eq!(once, expected);
         let again = [below.clone().end(), layer.clone().end(), tar().end()];
         assert_eq!(seen(&again).len(), expected.len() + 1);
+    }
+}
+
+#[test]
+fn a_hard_link_to_what_its_layer_has_deleted_is_refused() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("deleted");
+    let lower = new(&folder, "lower");
+    let below = tar().folder("d").folder("d/sub").file("d/sub/old", "1").end();
+    merge(&below, &lower).expect("applied");
+    for mark in [".wh.d", "d/.wh..wh..opq", "d/.wh.sub", "d/sub/.wh..wh..opq", "d/sub/.wh.old", ".wh..wh..opq"] {
+        let layer = tar().file(mark, "").link("l", "d/sub/old").end();
+        let (merged, upper) = (new(&folder, "merged"), new(&folder, "upper"));
+        merge(&below, &merged).expect("applied");
+        for applied in [merge(&layer, &merged), overlay(&layer, &upper, &[&lower])] {
+            let error = crate::error::chain(&applied.expect_err(mark));
+            assert!(error.contains("\"l\": a hard link to \"d/sub/old\", which is not there"), "{mark}: {error}");
+        }
+        assert!(!upper.join("d/sub/old").is_file(), "{mark}");
+        fs::remove_dir_all(&merged).and_then(|()| fs::remove_dir_all(&upper)).expect("removed");
     }
 }
 
