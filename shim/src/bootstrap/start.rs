@@ -48,7 +48,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// Starts a shim, or joins the group's, and prints its address for containerd.
 pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
-    let deadline = Instant::now() + PATIENCE;
+    let mut deadline = Instant::now() + PATIENCE;
     let bundle = bundle_of(flags)?;
     let is_pod = is_of_pod(&bundle);
     let group = if is_pod { None } else { group::of_bundle(&bundle)? };
@@ -65,9 +65,9 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     let ahead = ahead.filter(|_| is_whole);
     if !is_whole {
         input.read_all()?;
+        deadline = Instant::now() + PATIENCE;
     }
     let question = Question::parse(&input.bytes, flags);
-    let deadline = Instant::now() + PATIENCE;
     let daemon = question.grpc_address.as_deref().unwrap_or(&flags.address);
     let place = shim.place(daemon, question.socket_dir.as_deref())?;
     let Begun { found, place, lock } = match ahead.filter(|begun| begun.place == place) {
