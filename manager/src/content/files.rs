@@ -29,6 +29,15 @@ pub(super) struct Files {
     next: AtomicU64,
 }
 
+/// What became of a blob that was removed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Removed {
+    /// These bytes are free, none if it was not there.
+    Freed(u64),
+    /// Its space is freed when this path is removed.
+    Aside(PathBuf),
+}
+
 /// An ingest that is being written.
 #[derive(Debug)]
 pub(super) struct Ingest {
@@ -110,6 +119,18 @@ impl Files {
     pub(super) fn free_bytes(&self) -> Result<u64> {
         let about = rustix::fs::statvfs(&self.folder).map_err(io::Error::from).on("look at the file system of", &self.folder)?;
         Ok(about.f_bavail.saturating_mul(about.f_frsize))
+    }
+
+    /// Removes a blob: a small one at once, for which a change of one folder is enough, a large one is taken away.
+    pub(super) fn remove(&self, digest: &Digest) -> Result<Removed> {
+        let path = self.blob(digest);
+        match fs::symlink_metadata(&path) {
+            Ok(about) if about.is_file() && about.len() <= SMALL_BYTES => {
+                fs::remove_file(&path).on("remove", &path).map(|()| Removed::Freed(about.len()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Removed::Freed(0)),
+            _ => self.take_away(digest).map(|path| path.map_or(Removed::Freed(0), Removed::Aside)),
+        }
     }
 
     fn unused(&self) -> PathBuf {
@@ -431,6 +452,8 @@ pub(super) fn age_of(path: &Path) -> Option<std::time::Duration> {
 
 /// What is written to the disk at once, while more comes.
 const WRITEBACK_BYTES: u64 = 2 << 20;
+/// The largest blob whose space is freed as fast as it is renamed.
+pub(super) const SMALL_BYTES: u64 = 128 << 10;
 /// What is hashed at once.
 const BUFFER_BYTES: usize = 256 << 10;
 /// The longest text of an ingest: a reference with its namespace.
