@@ -139,6 +139,10 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
             Ok(pid) => info!(pid; "another process has taken over"),
             Err(error) => warn!(error = error.chain(); "upgrade failed, this process continues to serve"),
         }
+        if is_over {
+            // before anyone learns that there is another process: the call that uses a stream may come there
+            let _ = tokio::time::timeout(HAND_STREAMS_OVER, services.streams.hand_over()).await;
+        }
         if let Some(request) = request {
             // the control client may have disconnected
             let _ = request.answer.send(handed_over);
@@ -155,10 +159,6 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
         notify::send("STOPPING=1");
         drop(parts.gate.close(LAST_CHANGES).await);
         parts.gate.retire();
-    }
-    if ends == Course::Yields {
-        // before clients learn that they should connect again: the call that uses a stream may come to the next process
-        let _ = tokio::time::timeout(HAND_STREAMS_OVER, services.streams.hand_over()).await;
     }
     parts.events.retire();
     course.send_replace(ends);

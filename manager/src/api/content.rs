@@ -127,12 +127,16 @@ impl ContentService {
         let (send, blocks) = mpsc::channel(1);
         let mut done = first.len() as u64;
         let first = (!first.is_empty()).then_some(Ok(ReadContentResponse { offset: 0, data: first }));
-        let answered = tokio_stream::iter(first).chain(ReceiverStream::new(blocks));
+        // until the client has been sent the last block: it may be slow to take it
+        let open = self.gate.stream();
+        let answered = tokio_stream::iter(first).chain(ReceiverStream::new(blocks)).map(move |block| {
+            let _open = &open;
+            block
+        });
         if done == length {
             return Ok(answered);
         }
         tokio::spawn(async move {
-            let _stream = self.gate.stream();
             while done < length {
                 let Ok(place) = send.reserve().await else { return };
                 let bytes = usize::try_from(length - done).unwrap_or(usize::MAX).min(READ_BYTES);

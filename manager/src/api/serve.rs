@@ -152,7 +152,7 @@ pub(crate) const LAST_CALLS: Duration = Duration::from_secs(15);
 /// The same for streams that go on through this process when another serves: a client that writes or reads content would not begin again.
 const LAST_STREAMS: Duration = Duration::from_secs(60 * 60);
 /// For a client to read what was answered last.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
+const LAST_ANSWERS: Duration = Duration::from_secs(10);
 /// For the first call of a connection, once another process serves.
 const FIRST_CALL: Duration = Duration::from_secs(3);
 /// After a failed accept.
