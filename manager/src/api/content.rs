@@ -129,6 +129,8 @@ impl ContentService {
         let first = (!first.is_empty()).then_some(Ok(ReadContentResponse { offset: 0, data: first }));
         let answered = tokio_stream::iter(first).chain(ReceiverStream::new(blocks));
         if done == length {
+            // Docker reads blobs by 32 KiB a call
+            self.content.reads_on(&namespace, &digest, begin + done, blob);
             return Ok(answered);
         }
         tokio::spawn(async move {
