@@ -142,7 +142,6 @@ fn layer_cases() -> Vec<Case> {
             layers_are_unpacked_as_clients_do_and_read_again_as_a_diff,
             a_snapshot_stays_as_long_as_a_lease_or_a_child_needs_it,
             a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
-            an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
             a_layer_that_finds_no_room_leaves_nothing,
     ]
 }
@@ -304,6 +303,8 @@ fn upgrade_cases() -> Vec<Case> {
             upgrades_under_pulls_and_pushes_are_noticed_by_no_client,
             upgrades_under_imports_and_exports_are_noticed_by_no_client,
             an_upgrade_asks_again_for_credentials_and_takes_no_late_answer_for_those,
+            a_fetch_goes_on_over_upgrades_where_it_was,
+            an_apply_and_a_read_of_a_part_go_on_over_upgrades,
     ]
 }
 
