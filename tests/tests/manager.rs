@@ -46,6 +46,8 @@ mod shims;
 mod transfer;
 #[path = "manager/upgrades.rs"]
 mod upgrades;
+#[path = "manager/verifiers.rs"]
+mod verifiers;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         kill_cases(),
         image_row_cases(),
         upgrade_cases(),
+        verifier_cases(),
         power_cases(),
     ]
     .concat();
@@ -305,6 +308,14 @@ fn upgrade_cases() -> Vec<Case> {
             an_upgrade_asks_again_for_credentials_and_takes_no_late_answer_for_those,
             a_fetch_goes_on_over_upgrades_where_it_was,
             an_apply_and_a_read_of_a_part_go_on_over_upgrades,
+    ]
+}
+
+fn verifier_cases() -> Vec<Case> {
+    cases![verifiers,
+        Scope::Once =>
+            a_pull_by_transfer_needs_the_consent_of_each_verifier,
+            a_verifier_that_hangs_is_killed_and_refuses_a_pull,
     ]
 }
 

@@ -175,7 +175,5 @@ impl fmt::Debug for Job {
     }
 }
 
-/// Layers of one image.
-pub(in crate::images) const AT_ONCE: usize = 3;
 /// How much is unpacked between two reports.
 const REPORT_BYTES: u64 = 1 << 20;
