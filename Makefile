@@ -244,7 +244,7 @@ bench-images: X_BENCH_MIB ?= 1024
 bench-images: X_BENCH_FOLDER ?= /var/tmp
 bench-images: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin images-bench -- \
-		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-images.md.new
+		--mib $(X_BENCH_MIB) --layers 20 --folder $(X_BENCH_FOLDER) > docs/bench-images.md.new
 	mv docs/bench-images.md.new docs/bench-images.md
 
 ## Docker 28 with its image store on containerd 2.1 and on x-manager, in turns, into docs/bench-docker.md: time of pull, save, load and run, and memory and CPU

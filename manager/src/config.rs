@@ -10,6 +10,7 @@ use containerd_client::types::Platform;
 use log::LevelFilter;
 use serde::Deserialize;
 
+use crate::duration;
 use crate::host;
 use crate::name::{Namespace, identifier};
 use crate::settings::{ContentProxy, MetricsAddress, ProxyPlugin, Settings, Sharing};
@@ -67,6 +68,7 @@ struct File {
     images: Images,
     gc: Gc,
     transfer: Transfer,
+    image_verifier: ImageVerifier,
     limits: Limits,
     proxy_plugins: BTreeMap<String, Proxy>,
 }
@@ -138,7 +140,16 @@ struct Gc {
 struct Transfer {
     max_concurrent_downloads: Option<u32>,
     max_concurrent_uploaded_layers: Option<u32>,
+    max_concurrent_unpacks: Option<u32>,
     config_path: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ImageVerifier {
+    bin_dir: Option<PathBuf>,
+    max_verifiers: Option<i64>,
+    per_verifier_timeout: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -240,6 +251,7 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             file.transfer.max_concurrent_uploaded_layers,
             &mut transfer.max_concurrent_uploaded_layers,
         ),
+        ("transfer.max_concurrent_unpacks", file.transfer.max_concurrent_unpacks, &mut transfer.max_concurrent_unpacks),
     ];
     for (key, value, place) in counts {
         if let Some(value) = value {
@@ -254,6 +266,22 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             return Err(bad("transfer.config_path", &folders, "absolute paths of folders, joined by ':'"));
         }
         transfer.config_path = folders;
+    }
+    let verifiers = &mut transfer.verifiers;
+    if let Some(folder) = file.image_verifier.bin_dir {
+        if !folder.as_os_str().is_empty() && !folder.is_absolute() {
+            return Err(bad("image_verifier.bin_dir", &folder.display(), "an absolute path, or empty"));
+        }
+        verifiers.folder = folder;
+    }
+    if let Some(most) = file.image_verifier.max_verifiers {
+        // a negative one is no limit
+        verifiers.most = usize::try_from(most).ok();
+    }
+    if let Some(timeout) = file.image_verifier.per_verifier_timeout {
+        let nanos = duration::nanos(&timeout).and_then(|nanos| u64::try_from(nanos).ok()).filter(|nanos| *nanos > 0);
+        let nanos = nanos.ok_or_else(|| bad("image_verifier.per_verifier_timeout", &timeout, "a duration like 10s or 1m30s"))?;
+        verifiers.timeout = Duration::from_nanos(nanos);
     }
     for (name, proxy) in file.proxy_plugins {
         if identifier("proxy", &name).is_err() || Snapshotter::parse(&name).is_ok() {
@@ -366,7 +394,7 @@ mod tests {
             });
         assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
         let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
-        assert_eq!(keys, 24);
+        assert_eq!(keys, 28);
     }
 
     #[test]
@@ -394,6 +422,7 @@ mod tests {
             "[content]\nsharing_policy = \"both\"",
             "[gc]\npause_threshold = 0.6",
             "[transfer]\nmax_concurrent_downloads = 0",
+            "[transfer]\nmax_concurrent_unpacks = 0",
             "[transfer]\nconfig_path = \"/a:b\"",
             "[proxy_plugins.x]\ntype = \"diff\"\naddress = \"/x\"",
             "[proxy_plugins.x]\ntype = \"content\"\naddress = \"x\"",
@@ -401,6 +430,9 @@ mod tests {
             "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"\nnamespace = \"a b\"",
             "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"/x\"\nnamespace = \"a\"",
             "address = \"/x\"\n[proxy_plugins.x]\ntype = \"content\"\naddress = \"unix:///x\"",
+            "[image_verifier]\nbin_dir = \"a\"",
+            "[image_verifier]\nper_verifier_timeout = \"10\"",
+            "[image_verifier]\nper_verifier_timeout = \"-1s\"",
             "[proxy_plugins.native]\ntype = \"snapshot\"\naddress = \"/x\"",
             "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"x\"",
             "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"/x\"\nplatform = \"linux\"",

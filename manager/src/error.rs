@@ -166,7 +166,7 @@ pub(crate) enum Error {
         /// Its message.
         message: String,
     },
-    /// A shim's program cannot be executed.
+    /// A program cannot be executed.
     #[error("run {}", program.display())]
     ProgramUnusable {
         /// Which.
@@ -174,7 +174,7 @@ pub(crate) enum Error {
         /// The kernel's error.
         source: io::Error,
     },
-    /// A shim's program failed.
+    /// A program failed.
     #[error("{}: {status}: {output}", program.display())]
     ProgramFailed {
         /// Which.
@@ -194,13 +194,21 @@ pub(crate) enum Error {
         /// The answer, or what is wrong with it.
         why: String,
     },
-    /// A shim's program did not end in time, and was killed.
+    /// A program did not end in time, and was killed.
     #[error("{} did not end within {limit:?}", program.display())]
     ProgramLate {
         /// Which.
         program: PathBuf,
         /// For how long it may run.
         limit: Duration,
+    },
+    /// It is not known whether an image may be pulled.
+    #[error("image {image} is not pulled: an image verifier gives no answer")]
+    Unverified {
+        /// Its name.
+        image: String,
+        /// Why.
+        source: Box<Error>,
     },
     /// The socket for shims' events cannot be served.
     #[error("serve events of shims")]
@@ -377,6 +385,7 @@ impl Error {
             | Self::Undeletable { .. }
             | Self::ProgramFailed { .. }
             | Self::ProgramAnswer { .. }
+            | Self::Unverified { .. }
             | Self::Serve(_) => Code::Unknown,
             Self::Damaged { .. } | Self::DataLoss(_) => Code::DataLoss,
             Self::Store { .. } | Self::StoreFile { .. } | Self::Io { .. } | Self::Layer(_) if self.is_full() => Code::ResourceExhausted,

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 mod api;
+mod child;
 mod chunks;
 mod config;
 mod content;

@@ -84,6 +84,7 @@ impl Parts {
             state: settings.state.clone(),
         };
         let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
+        let unpacker = unpacker.with_at_once(settings.transfer.max_concurrent_unpacks);
         let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
         let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.mounts.clone(), gate.clone());
         let collector = Arc::new(Collector::new(

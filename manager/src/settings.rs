@@ -50,13 +50,43 @@ pub(crate) struct TransferSettings {
     pub(crate) max_concurrent_downloads: usize,
     /// Blobs that are sent at the same time.
     pub(crate) max_concurrent_uploaded_layers: usize,
+    /// Layers of one image that are unpacked at the same time. Those that still arrive leave one place to those that are there.
+    pub(crate) max_concurrent_unpacks: usize,
     /// Folders with a hosts.toml for each registry, joined by `:`, for clients that name none; empty for none.
     pub(crate) config_path: String,
+    /// Are asked before a pull.
+    pub(crate) verifiers: VerifierSettings,
 }
 
 impl Default for TransferSettings {
     fn default() -> Self {
-        Self { max_concurrent_downloads: 3, max_concurrent_uploaded_layers: 3, config_path: String::new() }
+        Self {
+            max_concurrent_downloads: 3,
+            max_concurrent_uploaded_layers: 3,
+            max_concurrent_unpacks: UNPACKS,
+            config_path: String::new(),
+            verifiers: VerifierSettings::default(),
+        }
+    }
+}
+
+/// Layers of one image that are unpacked at the same time.
+pub(crate) const UNPACKS: usize = 4;
+
+/// Programs that are asked before an image is pulled; containerd's settings and defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VerifierSettings {
+    /// Where they are; empty for none.
+    pub(crate) folder: PathBuf,
+    /// How many are asked; none for all.
+    pub(crate) most: Option<usize>,
+    /// How long one may take.
+    pub(crate) timeout: Duration,
+}
+
+impl Default for VerifierSettings {
+    fn default() -> Self {
+        Self { folder: "/opt/containerd/image-verifier/bin".into(), most: Some(10), timeout: Duration::from_secs(10) }
     }
 }
 

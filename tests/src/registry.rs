@@ -1,5 +1,5 @@
-//! A registry on loopback: it keeps what is pushed in memory, and asks for a name and a password if it has one. A blob can be held: half of it
-//! is sent then, and the rest when it is released; if it is pushed, its answer waits for that.
+//! A registry on loopback: it keeps what is pushed in memory, and asks for a name and a password if it has one. A blob can be held: half of what is
+//! asked for is sent then, and the rest when it is released; if it is pushed, its answer waits for that.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -21,6 +21,8 @@ struct Store {
     /// By path: manifests with their type, and blobs.
     files: Mutex<HashMap<String, (String, Vec<u8>)>>,
     requests: Mutex<Vec<String>>,
+    /// From where each GET of a blob asks for it: the path, and the offset.
+    begins: Mutex<Vec<(String, usize)>>,
     password: Option<String>,
     /// Digests of which half is sent only.
     held: Mutex<HashSet<String>>,
@@ -103,6 +105,12 @@ impl Registry {
         self.requests().iter().filter(is_fetch).count()
     }
 
+    /// From where each fetch of a blob asks for it.
+    pub fn begins(&self, digest: &str) -> Vec<usize> {
+        let begins = self.store.begins.lock().expect("no panic under this lock");
+        begins.iter().filter(|(path, _)| path.ends_with(&format!("/blobs/{digest}"))).map(|(_, begin)| *begin).collect()
+    }
+
     /// Method and path of each request.
     pub fn requests(&self) -> Vec<String> {
         self.store.requests.lock().expect("no panic under this lock").clone()
@@ -166,7 +174,16 @@ async fn one(socket: &mut BufReader<TcpStream>, store: &Store) -> Result<()> {
     {
         store.wait_for(&digest.replace("%3A", ":")).await;
     }
-    let (status, more, content) = answer(&method, &target, &headers, body, store);
+    let (mut status, mut more, mut content) = answer(&method, &target, &headers, body, store);
+    if method == "GET" && status == "200 OK" {
+        let begin = headers.get("range").and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+        store.begins.lock().expect("no panic under this lock").push((target.clone(), begin.unwrap_or(0)));
+        if let Some(begin) = begin.filter(|begin| *begin < content.len()) {
+            status = "206 Partial Content";
+            more.push_str(&format!("Content-Range: bytes {begin}-{}/{}\r\n", content.len() - 1, content.len()));
+            content.drain(..begin);
+        }
+    }
     let length = content.len();
     let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nDocker-Distribution-API-Version: registry/2.0\r\n{more}\r\n");
     socket.get_mut().write_all(head.as_bytes()).await?;

@@ -46,6 +46,8 @@ mod shims;
 mod transfer;
 #[path = "manager/upgrades.rs"]
 mod upgrades;
+#[path = "manager/verifiers.rs"]
+mod verifiers;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         kill_cases(),
         image_row_cases(),
         upgrade_cases(),
+        verifier_cases(),
         power_cases(),
     ]
     .concat();
@@ -142,7 +145,6 @@ fn layer_cases() -> Vec<Case> {
             layers_are_unpacked_as_clients_do_and_read_again_as_a_diff,
             a_snapshot_stays_as_long_as_a_lease_or_a_child_needs_it,
             a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
-            an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
             a_layer_that_finds_no_room_leaves_nothing,
     ]
 }
@@ -304,6 +306,16 @@ fn upgrade_cases() -> Vec<Case> {
             upgrades_under_pulls_and_pushes_are_noticed_by_no_client,
             upgrades_under_imports_and_exports_are_noticed_by_no_client,
             an_upgrade_asks_again_for_credentials_and_takes_no_late_answer_for_those,
+            a_fetch_goes_on_over_upgrades_where_it_was,
+            an_apply_and_a_read_of_a_part_go_on_over_upgrades,
+    ]
+}
+
+fn verifier_cases() -> Vec<Case> {
+    cases![verifiers,
+        Scope::Once =>
+            a_pull_by_transfer_needs_the_consent_of_each_verifier,
+            a_verifier_that_hangs_is_killed_and_refuses_a_pull,
     ]
 }
 

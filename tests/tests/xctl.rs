@@ -78,6 +78,7 @@ fn image_cases() -> Vec<Case> {
             a_damaged_archive_is_refused_and_leaves_nothing,
             an_image_is_pushed_and_pulled,
             images_are_imported_listed_named_exported_and_removed,
+            why_names_what_keeps_a_blob_and_a_snapshot,
     ]
 }
 

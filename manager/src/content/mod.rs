@@ -9,13 +9,15 @@
 //! A namespace has what it has a row of; the file belongs to all. docs/images.md has what clients see of it.
 //!
 //! **Invariants:** a row's file is whole and on the disk: it is named before the row is written, and removed after the last one. One writer
-//! has a reference at a time. Files are touched by threads of a pool only. With a content proxy, its blobs take the place of files: `proxied.rs`.
+//! has a reference at a time. Files are touched by threads of a pool only, but for reads of what is in memory. With a content proxy, its blobs
+//! take the place of files: `proxied.rs`.
 
 mod arrival;
 mod collect;
 mod digest;
 mod files;
 mod near;
+mod opened;
 mod proxied;
 mod proxy;
 mod reference;
@@ -27,12 +29,14 @@ mod writer;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
+use std::io::IoSliceMut;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_client::services::v1::{Info, Status};
+use rustix::io::ReadWriteFlags;
 
 pub(crate) use arrival::{Bytes, Found};
 pub(crate) use collect::Scan;
@@ -48,6 +52,7 @@ use crate::settings::{ContentProxy, Sharing};
 use crate::store::{Meta, Resource, Store, blobs, resources};
 use arrival::Arrivals;
 use files::Files;
+use opened::Opened;
 use proxied::Remote;
 use reference::References;
 
@@ -63,6 +68,8 @@ pub(crate) struct Content {
     arrivals: Arrivals,
     /// Blobs that writers are about to give another namespace, and how many do so.
     pinned: Mutex<HashMap<Digest, usize>>,
+    /// Blobs that clients read on.
+    opened: Opened,
     /// Files that may have no row.
     unreferenced: Mutex<BTreeSet<Digest>>,
     /// Bytes of removed blobs.
@@ -83,6 +90,8 @@ pub(crate) struct Blob {
     file: Arc<File>,
     path: Arc<Path>,
     pub(crate) size: u64,
+    /// How often rows had been removed when its own was looked up, for one that is read by several calls.
+    removals: u64,
 }
 
 impl Blob {
@@ -98,6 +107,14 @@ impl Blob {
     fn blocking_with(self, offset: u64, bytes: usize) -> Result<(Self, Vec<u8>)> {
         let read = self.blocking_read(offset, bytes)?;
         Ok((self, read))
+    }
+
+    /// Bytes at an offset, if all of them are in memory. Does not block.
+    fn read_now(&self, offset: u64, bytes: usize) -> Option<Vec<u8>> {
+        let left = usize::try_from(self.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let mut buffer = vec![0; bytes.min(left)];
+        let read = rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(&mut buffer)], offset, ReadWriteFlags::NOWAIT);
+        (read == Ok(buffer.len())).then_some(buffer)
     }
 
     /// Its file, which is at no particular offset.
@@ -116,7 +133,7 @@ fn blocking_open(path: &Arc<Path>, expected: u64, fetched: Option<&File>) -> Res
     if expected != size {
         return Err(Error::DataLoss(format!("blob {} has {size} bytes instead of {expected}", path.display())));
     }
-    Ok(Blob { file: Arc::new(file), path: Arc::clone(path), size })
+    Ok(Blob { file: Arc::new(file), path: Arc::clone(path), size, removals: 0 })
 }
 
 /// Whether an error says that there is no such file.
@@ -140,6 +157,7 @@ impl Content {
             references: References::default(),
             arrivals: Arrivals::default(),
             pinned: Mutex::default(),
+            opened: Opened::default(),
             unreferenced: Mutex::default(),
             freed: AtomicU64::new(0),
             has_left: AtomicBool::new(false),
@@ -166,8 +184,26 @@ impl Content {
         self.read_from(namespace, digest, 0, 0).await.map(|(blob, _nothing)| blob)
     }
 
-    /// The same with bytes of it from an offset, fewer at its end. Docker reads blobs by 32 KiB a call: each is opened and read by one job.
+    /// The same with bytes of it from an offset, fewer at its end. It is opened and read by one job.
     pub(crate) async fn read_from(&self, namespace: &Namespace, digest: &Digest, offset: u64, bytes: usize) -> Result<(Blob, Vec<u8>)> {
+        let removals = self.opened.removals();
+        // what another process removes is not known here
+        if let Some(blob) = self.opened.take(namespace, digest, offset).filter(|_| !self.gate.is_retired()) {
+            if bytes <= READ_NOW_BYTES
+                && let Some(read) = blob.read_now(offset, bytes)
+            {
+                return Ok((blob, read));
+            }
+            let from = blob.clone();
+            let read = self.pool.run(move || from.blocking_read(offset, bytes)).await??;
+            return Ok((blob, read));
+        }
+        let (blob, read) = self.open_from(namespace, digest, offset, bytes).await?;
+        Ok((Blob { removals, ..blob }, read))
+    }
+
+    /// Opens it, whether its bytes are here or at the proxy, and reads some.
+    async fn open_from(&self, namespace: &Namespace, digest: &Digest, offset: u64, bytes: usize) -> Result<(Blob, Vec<u8>)> {
         let info = self.info(namespace, digest).await?;
         let path: Arc<Path> = self.files.blob(digest).into();
         let size = u64::try_from(info.size).unwrap_or_default();
@@ -183,6 +219,13 @@ impl Content {
         // what is damaged here may be sound there
         let file = self.fetch(remote, digest, size).await?;
         self.pool.run(move || blocking_open(&path, size, Some(&file))?.blocking_with(offset, bytes)).await?
+    }
+
+    /// Expects that the client of a read which has ended there reads on, by another call.
+    pub(crate) fn reads_on(&self, namespace: &Namespace, digest: &Digest, next: u64, blob: Blob) {
+        if next < blob.size {
+            self.opened.keep(namespace, digest, next, blob);
+        }
     }
 
     /// Removes a blob from a namespace, and from the lease of the call. The collector removes its file when no other namespace has it.
@@ -231,6 +274,7 @@ impl Content {
 
     /// Notes that blobs lost a row: their files go with the next collection if it was the last.
     pub(crate) fn dereferenced(&self, digests: impl IntoIterator<Item = Digest>) {
+        self.opened.clear();
         let mut unreferenced = lock(&self.unreferenced);
         let before = unreferenced.len();
         unreferenced.extend(digests);
@@ -263,6 +307,8 @@ fn name(namespace: &Namespace, reference: &str) -> String {
     format!("{namespace}/{reference}")
 }
 
+/// Of what is in memory, so much is copied where all calls are served.
+const READ_NOW_BYTES: usize = 64 << 10;
 /// The kind of resource that a lease holds content as.
 const CONTENT: &str = "content";
 

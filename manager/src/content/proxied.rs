@@ -340,7 +340,7 @@ impl Writer {
         let size = ingest.offset;
         let recorded = async {
             let file = Arc::new(ingest.reader()?);
-            let blob = Blob { file: Arc::clone(&file), path: content.files.blob(&digest).into(), size };
+            let blob = Blob { file: Arc::clone(&file), path: content.files.blob(&digest).into(), size, removals: 0 };
             content.put_there(remote, &self.opening.namespace, &digest, blob).await?;
             let _pass = content.gate.enter().await?;
             let (files, name) = (Arc::clone(&content.files), self.name.clone());

@@ -94,6 +94,7 @@ impl Content {
             .await??;
         if is_taken {
             warn!(digest:%; "a blob was damaged, and is taken away: pull its image again");
+            self.opened.clear();
             // the next collection that looks for all removes it
             self.has_left.store(true, std::sync::atomic::Ordering::Relaxed);
         }

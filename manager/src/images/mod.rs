@@ -37,6 +37,7 @@ mod tag;
 mod tree;
 pub(crate) mod unpack;
 mod unpacking;
+mod verifiers;
 
 use std::sync::Arc;
 
@@ -69,6 +70,7 @@ use ahead::Ahead;
 use fetch::Flights;
 use lease::Leases;
 use unpack::Unpacker;
+use verifiers::Verifiers;
 
 /// Moves images.
 #[derive(Debug)]
@@ -87,6 +89,8 @@ pub(crate) struct Transfers {
     pool: Pool,
     /// Reads and writes archives.
     archives: Pool,
+    /// Are asked before a pull.
+    verifiers: Verifiers,
     /// Blobs that arrive at the same time, of all pulls.
     downloads: Semaphore,
     /// Blobs that are sent at the same time, of all pushes.
@@ -119,6 +123,7 @@ impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts { content, store, events, gate, collector, unpacker, ahead, differ, pool, archives, settings, successor } = parts;
+        let verifiers = Verifiers::new(settings.verifiers, pool.clone());
         Self {
             content,
             store,
@@ -130,6 +135,7 @@ impl Transfers {
             differ,
             pool,
             archives,
+            verifiers,
             downloads: Semaphore::new(settings.max_concurrent_downloads),
             uploads: Semaphore::new(settings.max_concurrent_uploaded_layers),
             flights: Flights::default(),

@@ -1,8 +1,8 @@
 //! Pulling: an image from a registry, unpacked while it arrives.
 //!
 //! ```text
-//! resolve ─▶ documents ─▶ configurations ─▶ layers, some at a time ─┬─▶ labels and name, at once
-//!                                              └─▶ unpacked meanwhile┘
+//! resolve ─▶ verifiers ─▶ documents ─▶ configurations ─▶ layers, some at a time ─┬─▶ labels and name, at once
+//!                                                            └─▶ unpacked meanwhile┘
 //! ```
 //! **Invariant:** a lease holds everything until the name does; without the name the lease's end is the end of all of it.
 
@@ -42,6 +42,7 @@ impl Transfers {
         let resolved = pull.registry.resolve().await?;
         document::check_type(&resolved.media_type)?;
         let root = Descriptor::new(&resolved.media_type, resolved.digest, resolved.size);
+        self.verifiers.ask(&pull.registry.reference().to_string(), &root).await?;
         progress.overall(format!("Pulling from {source}"));
         progress.image("fetching image content", &name, &root);
         let fetching = Fetching {

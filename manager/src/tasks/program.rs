@@ -14,10 +14,9 @@
 //! The newer one is tried first. A program that fails over it is asked again in the older one, and remembered.
 
 use std::collections::HashMap;
-use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::Output;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -26,15 +25,14 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Ex
 use log::LevelFilter;
 use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::bundle::{Address, Bundle};
-use crate::error::{Error, IoContext as _, Result};
+use crate::child::{self, Limits};
+use crate::error::{Error, Result};
 use crate::name::Namespace;
 use crate::settings::Settings;
-use crate::sys::children::{self, Group};
 
 /// Finds the program of a runtime: an absolute path as it is, `io.containerd.NAME.vN` as `containerd-shim-NAME-vN` in PATH or
 /// beside this program.
@@ -191,66 +189,20 @@ impl Programs {
         }
         command.args(arguments);
         command.env("TTRPC_ADDRESS", self.settings.ttrpc_address()).env("GRPC_ADDRESS", &self.settings.address);
-        // service managers' variables are for this process alone
-        command.env("NAMESPACE", namespace.as_str()).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2").env_remove("NOTIFY_SOCKET");
-        command.env_remove("LISTEN_FDS").env_remove("LISTEN_PID").env_remove("LISTEN_FDNAMES");
+        command.env("NAMESPACE", namespace.as_str()).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2");
         finish(program, command, input, limit).await
     }
 }
 
-/// Feeds a program, waits for its end and takes what it printed.
-async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Duration) -> Result<Output> {
-    let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
-    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
-    // a program that outlives this process would interfere with what the next process does for the same task
-    children::die_with_us(command.as_std_mut());
-    children::restores_open_files(command.as_std_mut());
-    let mut child = command.spawn().map_err(|source| not_run(program, source))?;
-    // dropped before the child is
-    let group = child.id().map(Group::of);
-    let stdin = child.stdin.take();
-    let fed = async {
-        if let Some(mut stdin) = stdin {
-            // a program that does not read its input may have reported why
-            let _ = stdin.write_all(&input).await;
-        }
-    };
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    // a program that writes more gets SIGPIPE
-    let ended = async {
-        let ((), stdout, stderr) = tokio::join!(fed, beginning(stdout), beginning(stderr));
-        io::Result::Ok(Output { status: child.wait().await?, stdout: stdout?, stderr: stderr? })
-    };
-    let output = tokio::time::timeout(limit, ended).await.map_err(|_elapsed| Error::ProgramLate { program: program.to_owned(), limit })?;
-    // a program that has exited by itself meant its descendants to stay, like a shim
-    if let Some(group) = group {
-        group.release();
-    }
-    let output = output.on("run", program)?;
+/// Runs a program, and takes what it printed.
+async fn finish(program: &Path, command: Command, input: Vec<u8>, limit: Duration) -> Result<Output> {
+    let output = child::run(program, command, input, Limits { time: limit, bytes: SAID_BYTES }).await?;
     if output.status.success() {
         return Ok(output);
     }
     let message: String =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
     Err(Error::ProgramFailed { program: program.to_owned(), status: output.status, output: message.trim().to_owned() })
-}
-
-fn not_run(program: &Path, source: io::Error) -> Error {
-    use io::ErrorKind::{NotFound, PermissionDenied};
-    let program = program.to_owned();
-    if matches!(source.kind(), NotFound | PermissionDenied) || source.raw_os_error() == Some(nix::libc::ENOEXEC) {
-        Error::ProgramUnusable { program, source }
-    } else {
-        Error::Io { op: "run", path: program, source }
-    }
-}
-
-async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    if let Some(pipe) = pipe {
-        pipe.take(SAID_BYTES).read_to_end(&mut bytes).await?;
-    }
-    Ok(bytes)
 }
 
 /// Reads the answer to `start`, in any dialect.

@@ -11,7 +11,7 @@ use crate::output::{self, Format};
 use crate::stdio::Folders;
 use crate::{
     copy, create, events, examples, exec, export, images, import, inspect, logs, parse, processes, prune, ps, remove, run, start, stats,
-    stop, transfer, upgrade,
+    stop, transfer, upgrade, why,
 };
 
 /// What was asked for.
@@ -97,6 +97,8 @@ pub(crate) enum Command {
     Prune(prune::PruneArgs),
     /// Show what containers, images and logs hold on disk
     Df(prune::DfArgs),
+    /// Show what keeps an image's content, a blob or a snapshot from being collected
+    Why(why::WhyArgs),
     /// Replace a running x-manager with the installed program, without downtime
     Upgrade(upgrade::UpgradeArgs),
     /// Print the completions of a shell
@@ -181,6 +183,7 @@ pub(crate) async fn run(line: Line) -> Result<u8> {
         Command::Cp(args) => copy::run(client, folders, args).await,
         Command::Prune(args) => prune::run(client, folders, args).await,
         Command::Df(args) => prune::df(client, folders, format, args).await,
+        Command::Why(args) => why::run(client, format, args).await,
         Command::Completion { .. } | Command::Man { .. } | Command::Upgrade(_) => Err(Error::refused("this command needs no daemon")),
     }
 }

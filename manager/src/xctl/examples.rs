@@ -51,6 +51,13 @@ const EXAMPLES: &[(&str, &[&str])] = &[
     ("cp", &["xctl cp web:/etc/passwd .", "xctl cp /tmp/. web:/data                       # what is in the folder"]),
     ("prune", &["xctl prune", "xctl prune --images --force                    # images without a container, too, and without a question"]),
     ("df", &["xctl df"]),
+    (
+        "why",
+        &[
+            "xctl why busybox                              # what keeps the image's index or manifest",
+            "xctl why sha256:9f1a2b3c                      # a blob, or the snapshot of a layer, by the beginning of its digest",
+        ],
+    ),
     ("upgrade", &["xctl upgrade"]),
     ("completion", &["xctl completion bash                           # source <(xctl completion bash)"]),
     ("man", &["xctl man /tmp                                  # then `man /tmp/xctl-run.1`"]),

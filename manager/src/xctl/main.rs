@@ -32,6 +32,7 @@ mod processes;
 mod progress;
 mod prune;
 mod ps;
+mod references;
 mod remove;
 mod run;
 mod spec;
@@ -46,6 +47,7 @@ mod terminal;
 mod transfer;
 mod upgrade;
 mod users;
+mod why;
 
 fn main() -> ExitCode {
     let line = cli::parse();

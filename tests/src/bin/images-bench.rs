@@ -1,7 +1,7 @@
 //! Measures how x-manager and containerd 2.1 store and unpack images for containerd's own clients, in turns in one run. Needs root.
 //!
 //! ```text
-//! X_SHIM=… X_DAEMON=… images-bench [--mib 1024] [--layers 20] [--rounds 3] [--blobs 10000] [--folder /var/tmp] [--only TEXT]
+//! X_SHIM=… X_DAEMON=… images-bench [--mib 512] [--layers 10] [--rounds 3] [--blobs 10000] [--folder /var/tmp] [--only TEXT]
 //! ```
 //! It starts itself once for each daemon and round, with namespaces of its own; the daemons' files are in the folder, on a disk. containerd is
 //! measured as it comes, and with the program igzip, if that is in the cache of the suites. `--only` measures what
@@ -9,41 +9,48 @@
 
 #[path = "images-bench/image.rs"]
 mod image;
+#[path = "images-bench/options.rs"]
+mod options;
 #[path = "images-bench/registry.rs"]
 mod registry;
 #[path = "images-bench/table.rs"]
 mod table;
 
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio as Io};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use clap::Parser as _;
 use containerd_client::services::v1::DeleteRequest;
-use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
 use shim_tests::suite::{self, Runtime, Shim, Suite};
-use shim_tests::{beside, image_tools, isolation, upload};
+use shim_tests::{beside, image_tools, upload};
 
 use image::{Codec, Image, Size};
+use options::Images;
 use registry::Registry;
 use table::Figures;
 
-/// What to measure.
-#[derive(Clone)]
+/// Measures how x-manager and containerd 2.1 store and unpack images for containerd's own clients
+#[derive(Debug, clap::Parser)]
 struct Plan {
-    mib: usize,
-    layers: usize,
-    rounds: usize,
+    #[command(flatten)]
+    images: Images,
+    /// Blobs that are listed and collected
+    #[arg(long, default_value_t = 10_000)]
     blobs: usize,
-    folder: PathBuf,
-    /// In the names of cases.
+    /// Measures the cases with this in their names
+    #[arg(long, default_value = "")]
     only: String,
+    /// In the run of one daemon: containerd with igzip
+    #[arg(long, hide = true)]
+    with_igzip: bool,
 }
 
 /// Who serves.
@@ -105,43 +112,22 @@ fn main() -> ExitCode {
 const PROGRAM: &str = "images-bench";
 
 fn run() -> Result<ExitCode> {
-    let mut plan = Plan { mib: 1024, layers: 20, rounds: 3, blobs: 10_000, folder: "/var/tmp".into(), only: String::new() };
-    let (mut one, mut with_igzip) = (None, false);
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
-        match word.as_str() {
-            "--mib" => plan.mib = value()?.parse()?,
-            "--layers" => plan.layers = value()?.parse()?,
-            "--rounds" => plan.rounds = value()?.parse()?,
-            "--blobs" => plan.blobs = value()?.parse()?,
-            "--folder" => plan.folder = value()?.into(),
-            "--only" => plan.only = value()?,
-            "--one" => one = Some(PathBuf::from(value()?)),
-            // in the run of one daemon
-            "--with-igzip" => with_igzip = true,
-            _ => anyhow::bail!("unknown argument {word}"),
-        }
-    }
-    if let Some(folder) = one {
-        plan.folder = folder;
-        return beside::run(PROGRAM, measure(&plan, with_igzip));
+    let plan = Plan::parse();
+    if let Some(folder) = &plan.images.one {
+        return beside::run(PROGRAM, options::on_disk(folder, with_daemon(&plan, folder)));
     }
     suite::fetch()?;
     suite::use_manager()?;
-    let folder = plan.folder.join(format!("x-images-bench-{}", std::process::id()));
-    std::fs::create_dir(&folder)?;
-    let measured = rounds(&plan, &folder);
-    std::fs::remove_dir_all(&folder)?;
-    table::print(&plan, &measured?);
+    let measured = plan.images.with_folder(PROGRAM, |folder| rounds(&plan, folder))?;
+    table::print(&plan, &measured);
     Ok(ExitCode::SUCCESS)
 }
 
 fn rounds(plan: &Plan, folder: &Path) -> Result<Figures> {
     for (codec, size) in [GZIP, ZSTD, SMALL] {
         if plan.cases().any(|case| (case.codec, case.size) == (codec, size)) {
-            eprintln!("an image of {} MiB, {}", plan.mib, image::name(codec, size));
-            Image::make(folder, codec, size, plan.mib, plan.layers)?;
+            eprintln!("an image of {} MiB, {}", plan.images.mib, image::name(codec, size));
+            Image::make(folder, codec, size, plan.images.mib, plan.images.layers)?;
         }
     }
     let has_igzip = image_tools::program("igzip").is_file();
@@ -149,7 +135,7 @@ fn rounds(plan: &Plan, folder: &Path) -> Result<Figures> {
         eprintln!("there is no igzip in the cache of the suites (make suites): containerd is measured without it only");
     }
     let mut all = Figures::new();
-    for round in 0..plan.rounds {
+    for round in 0..plan.images.rounds {
         for (number, server) in SERVERS.into_iter().enumerate() {
             if server == Server::WithIgzip && !has_igzip {
                 continue;
@@ -190,18 +176,8 @@ fn one(plan: &Plan, folder: &Path, server: Server) -> Result<Value> {
     beside::figures(&arguments, suite::manager().filter(|_| server == Server::Manager))
 }
 
-async fn measure(plan: &Plan, with_igzip: bool) -> Result<Value> {
-    let disk = plan.folder.join("daemon");
-    std::fs::create_dir_all(&disk)?;
-    // in this run's own mount namespace
-    mount(Some(&disk), isolation::RUN, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("the folder of the daemon")?;
-    let measured = with_daemon(plan, with_igzip).await;
-    // the daemon has ended; what cannot be removed goes with the whole folder
-    let _ = std::fs::remove_dir_all(isolation::RUN);
-    measured
-}
-
-async fn with_daemon(plan: &Plan, with_igzip: bool) -> Result<Value> {
+async fn with_daemon(plan: &Plan, folder: &Path) -> Result<Value> {
+    let with_igzip = plan.with_igzip;
     let shim = Shim::under_test()?;
     // whatever this host has in /usr/bin
     let plain = [("CONTAINERD_DISABLE_IGZIP", "1"), ("CONTAINERD_DISABLE_PIGZ", "1")];
@@ -212,13 +188,13 @@ async fn with_daemon(plan: &Plan, with_igzip: bool) -> Result<Value> {
     }
     let programs = std::env::current_exe()?.parent().context("a file is in a folder")?.to_owned();
     let cx = Context::new(Arc::clone(&daemon), Runtime::Crun, shim, &programs).await?;
-    let registry = Registry::start(&plan.folder)?;
+    let registry = Registry::start(folder)?;
     let container = cx.container(&["sleep", "100000"]).start().await?;
     let mut figures = serde_json::Map::new();
     for case in plan.cases().filter(|case| !with_igzip || case.codec == Codec::Gzip) {
         let name = case.name;
         eprintln!("{name}");
-        match run_case(&cx, plan, &registry, &container.id, case).await {
+        match run_case(&cx, folder, &registry, &container.id, case).await {
             Ok(Measured { seconds, peak_mib, state_p99_ms }) => {
                 figures.insert(format!("{name}: {}", table::SECONDS), json!(seconds));
                 figures.insert(format!("{name}: {}", table::PEAK), json!(peak_mib));
@@ -244,10 +220,10 @@ struct Measured {
     state_p99_ms: f64,
 }
 
-async fn run_case(cx: &Context, plan: &Plan, registry: &Registry, container: &str, case: &Case) -> Result<Measured> {
-    let image = Image::at(&plan.folder, case.codec, case.size);
+async fn run_case(cx: &Context, folder: &Path, registry: &Registry, container: &str, case: &Case) -> Result<Measured> {
+    let image = Image::at(folder, case.codec, case.size);
     let pid = cx.daemon().pid().context("a daemon")?;
-    std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
+    beside::begin_peak(pid)?;
     let (name, archive) = (registry.image(case.codec, case.size), image.archive());
     let mut command = Command::new(case.client.program("ctr"));
     command.arg("--address").arg(cx.daemon().address()).args(["--namespace", "bench", "images"]);
@@ -280,10 +256,9 @@ async fn run_case(cx: &Context, plan: &Plan, registry: &Registry, container: &st
         Ok::<_, anyhow::Error>(seconds)
     };
     let (state_p99_ms, seconds) = tokio::join!(asks, runs);
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok());
+    let peak_mib = beside::peak_mib(pid)?;
     empty(cx)?;
-    Ok(Measured { seconds: seconds?, peak_mib: peak.context("no VmHWM")? / 1024.0, state_p99_ms: state_p99_ms? })
+    Ok(Measured { seconds: seconds?, peak_mib, state_p99_ms: state_p99_ms? })
 }
 
 /// Removes every image of the benchmark, and waits until their files are gone.

@@ -1,7 +1,6 @@
 //! Disks in files, with ext4: one that is recorded, and those that are made of its record.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,10 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 
 use super::Request;
-use super::fuse::{Recorded, serve};
+use super::fuse::{Recorded, mounted, serve};
 use crate::dice::Dice;
 use crate::operator::printed;
 
@@ -64,14 +63,11 @@ impl Recorder {
         printed(Command::new("mkfs.ext4").args(options).arg(&backing))?;
         let blank = fs::read(&backing)?;
         let requests = Arc::<Mutex<Vec<Request>>>::default();
-        let recorded =
-            Recorded { file: OpenOptions::new().read(true).write(true).open(&backing)?, size: bytes, requests: Arc::clone(&requests) };
-        let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").context("open /dev/fuse")?;
+        let backing = OpenOptions::new().read(true).write(true).open(&backing)?;
+        let recorded = Recorded { file: backing, size: bytes, requests: Arc::clone(&requests), held: Arc::default() };
         let file = folder.join("device");
         File::create(&file)?;
-        let options = format!("fd={},rootmode=100600,user_id=0,group_id=0", device.as_raw_fd());
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some("recorder"), &file, Some("fuse"), flags, Some(&*options)).context("mount a FUSE file")?;
+        let device = mounted(&file)?;
         let serves = thread::Builder::new().name("recorder".to_owned()).spawn(move || serve(device, &recorded))?;
         let mut recorder = Self { disk: None, file, serves: Some(serves), blank, requests };
         recorder.disk = Some(Disk::mount(&recorder.file, at)?);

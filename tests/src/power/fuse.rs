@@ -1,11 +1,16 @@
-//! A file whose writes and flushes are recorded: the part of the FUSE protocol that a loop device uses.
+//! A file whose writes and flushes are recorded, or of which a part cannot be read yet: what a loop device and readers use of the FUSE protocol.
 //!
 //! Source: include/uapi/linux/fuse.h, version 7.31. The mount is the file itself: there are no names to look up.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, Result};
+use nix::mount::{MsFlags, mount};
 
 use super::Request;
 
@@ -16,6 +21,23 @@ pub(super) struct Recorded {
     pub(super) file: File,
     pub(super) size: u64,
     pub(super) requests: Arc<Mutex<Vec<Request>>>,
+    pub(super) held: Arc<Mutex<Held>>,
+}
+
+/// From where on nothing can be read, if there is such a place, and the reads that wait for it.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    pub(super) from: Option<u64>,
+    pub(super) reads: Vec<Vec<u8>>,
+}
+
+/// Mounts it over a file, and answers the kernel by the returned device.
+pub(super) fn mounted(over: &Path) -> Result<File> {
+    let device = File::options().read(true).write(true).open("/dev/fuse").context("open /dev/fuse")?;
+    let options = format!("fd={},rootmode=100600,user_id=0,group_id=0", device.as_raw_fd());
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("recorder"), over, Some("fuse"), flags, Some(&*options)).context("mount a FUSE file")?;
+    Ok(device)
 }
 
 /// Answers the kernel until the mount is gone.
@@ -28,10 +50,38 @@ pub(super) fn serve(mut device: File, recorded: &Recorded) {
             // unmounted
             Err(_ended) => return,
         };
+        if recorded.holds(&buffer[..count]) {
+            continue;
+        }
         if let Some(answer) = answer(&buffer[..count], recorded)
             && device.write_all(&answer).is_err()
         {
             return;
+        }
+    }
+}
+
+impl Recorded {
+    /// Keeps a read for later, if it is of what is held.
+    fn holds(&self, request: &[u8]) -> bool {
+        let (offset, count) = (number::<8>(request, HEADER + 8), number::<4>(request, HEADER + 16));
+        let mut held = self.held.lock().expect("no panic under this lock");
+        let is_held = number::<4>(request, 4) == u64::from(READ) && held.from.is_some_and(|from| offset + count > from);
+        if is_held {
+            held.reads.push(request.to_vec());
+        }
+        is_held
+    }
+
+    /// Answers what waits, and from now on everything.
+    pub(super) fn release(&self, device: &mut File) {
+        let mut held = self.held.lock().expect("no panic under this lock");
+        held.from = None;
+        for request in held.reads.drain(..) {
+            if let Some(answer) = answer(&request, self) {
+                // one whose reader has gone
+                let _ = device.write_all(&answer);
+            }
         }
     }
 }
@@ -84,7 +134,7 @@ fn attributes(size: u64) -> Vec<u8> {
     answer
 }
 
-fn read(body: &[u8], recorded: &Recorded) -> Result<Vec<u8>, i32> {
+fn read(body: &[u8], recorded: &Recorded) -> std::result::Result<Vec<u8>, i32> {
     let (offset, count) = (number::<8>(body, 8), number::<4>(body, 16));
     let count = count.min(recorded.size.saturating_sub(offset));
     let mut bytes = vec![0; usize::try_from(count).map_err(|_| EIO)?];
@@ -92,7 +142,7 @@ fn read(body: &[u8], recorded: &Recorded) -> Result<Vec<u8>, i32> {
     Ok(bytes)
 }
 
-fn write(body: &[u8], recorded: &Recorded) -> Result<Vec<u8>, i32> {
+fn write(body: &[u8], recorded: &Recorded) -> std::result::Result<Vec<u8>, i32> {
     let (offset, count) = (number::<8>(body, 8), number::<4>(body, 16));
     let bytes = body.get(40..40 + usize::try_from(count).map_err(|_| EIO)?).ok_or(EIO)?;
     recorded.file.write_all_at(bytes, offset).map_err(|error| code(&error))?;

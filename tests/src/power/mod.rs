@@ -14,9 +14,11 @@
 
 mod disk;
 mod fuse;
+mod held;
 mod server;
 
 pub use disk::{Cuts, Disk, Recorder};
+pub use held::HeldFile;
 pub use server::{Program, Server};
 
 /// What was asked of a disk.

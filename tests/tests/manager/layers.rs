@@ -14,7 +14,6 @@ use containerd_client::types::{Descriptor, Mount};
 use shim_tests::client::{Answer, Client};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually_true};
-use shim_tests::operator::upgraded;
 use shim_tests::upload::{read, refused, store};
 use tonic::Code;
 
@@ -198,25 +197,6 @@ pub(crate) async fn a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_
         remove(client, key).await?;
     }
     eventually_true("files are removed", SOON, || names(&snapshots(&cx)).is_ok_and(|names| names.is_empty())).await
-}
-
-pub(crate) async fn an_upgrade_ends_an_apply_so_that_it_can_be_repeated(cx: Context) -> Result<()> {
-    let cx = cx.with_own_daemon().await?;
-    let client = &kept(&cx).await?;
-    let blob = store(client, "r", &archive(&cx, "seq 30000 | xargs touch")?, &[]).await?;
-    let mounts = prepare(client, "a", "", &[]).await?;
-    let tree = PathBuf::from(&mounts[0].source);
-    let (other, digest, to) = (client.clone(), blob.clone(), mounts.clone());
-    let applying = tokio::spawn(async move { apply(&other, &digest, to).await });
-    eventually_true("files are made", SOON, || names(&tree).is_ok_and(|names| !names.is_empty())).await?;
-    upgraded(cx.daemon()).await?;
-    if let Err(status) = applying.await? {
-        ensure!(matches!(status.code(), Code::Unavailable | Code::Internal | Code::Unknown), "{status:?}");
-        ensure!(apply(client, &blob, mounts).await? == blob);
-    }
-    commit(client, "a", "chain").await?;
-    ensure!(names(&tree)?.len() == 30000);
-    Ok(remove(client, "chain").await?)
 }
 
 pub(crate) async fn a_layer_that_finds_no_room_leaves_nothing(cx: Context) -> Result<()> {

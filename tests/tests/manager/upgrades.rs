@@ -1,11 +1,15 @@
 //! Upgrades of x-manager while images move: the clients notice nothing. A registry holds back half of each layer until the upgrades are over, so that
 //! everything is certainly under way when they take place.
 
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::services::v1::ListStatusesRequest;
+use containerd_client::services::v1::snapshots::PrepareSnapshotRequest;
+use containerd_client::services::v1::{ApplyRequest, ListStatusesRequest, ReadContentRequest};
 use containerd_client::to_any;
+use containerd_client::types::Descriptor;
 use containerd_client::types::transfer::{
     AuthRequest, AuthResponse, AuthType, Data, ImageExportStream, ImageImportStream, ImageStore, Progress, WindowUpdate,
 };
@@ -17,9 +21,11 @@ use shim_tests::context::Context;
 use shim_tests::dice::Dice;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::operator::{output_text, upgrade};
+use shim_tests::power::HeldFile;
 use shim_tests::proc;
 use shim_tests::registry::Registry;
 use shim_tests::suite::Suite;
+use shim_tests::times::times;
 use shim_tests::transfers::{
     OCI_CONFIG, OCI_LAYER, Parts, Stream, export, image, import_store, names, nothing_is_left, own, registry_of, remove, sha256, snapshots,
     store, tar, this_machine,
@@ -86,13 +92,13 @@ async fn arrives(client: &Client, what: &str) -> Result<()> {
 
 /// Two upgrades, one after the other; processes before the last one serve on for what is under way. Returns the pids of the new ones.
 async fn upgraded_twice(cx: &Context) -> Result<Vec<i32>> {
-    let mut pids = Vec::new();
-    for _ in 0..2 {
-        let output = tokio::process::Command::from(upgrade(cx.daemon())?).output().await?;
-        ensure!(output.status.success(), "{}\n{}", output_text(&output), cx.daemon().log());
-        pids.push(output_text(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).with_context(|| output_text(&output))?);
-    }
-    Ok(pids)
+    Ok(vec![upgraded_once(cx).await?, upgraded_once(cx).await?])
+}
+
+async fn upgraded_once(cx: &Context) -> Result<i32> {
+    let output = tokio::process::Command::from(upgrade(cx.daemon())?).output().await?;
+    ensure!(output.status.success(), "{}\n{}", output_text(&output), cx.daemon().log());
+    output_text(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).with_context(|| output_text(&output))
 }
 
 /// All processes but the last one have ended.
@@ -292,4 +298,83 @@ pub(crate) async fn an_upgrade_asks_again_for_credentials_and_takes_no_late_answ
     let questions = within("the stream of secrets is closed", SOON, answering).await??;
     ensure!((2..5).contains(&questions) && registry.fetches(&layer) > 0, "{questions} questions");
     are_over(&cx, &pids).await
+}
+
+pub(crate) async fn a_fetch_goes_on_over_upgrades_where_it_was(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let client = cx.client();
+    let registry = Registry::start(None).await?;
+    let layer = publish(&cx, &registry, "app")?;
+    let name = registry.image("app:1");
+    registry.hold(&layer);
+    let pulling = begin(client, to_any(&registry_of(&name)), to_any(&store(&name)), "");
+    arrives(client, &layer).await?;
+    let mut pids = Vec::new();
+    for fetches in 2..4 {
+        pids.push(upgraded_once(&cx).await?);
+        // half of the rest comes with each
+        let asked = || registry.begins(&layer).len() == fetches;
+        eventually_true("the next process fetches the rest", 2 * SOON, asked).await.with_context(|| cx.daemon().log())?;
+        let next = cx.daemon().client(client.namespace()).await?;
+        arrives(&next, &layer).await?;
+    }
+    ensure!(!pulling.is_finished(), "{}", cx.daemon().log());
+    registry.release();
+    let pulled = pulling.await?;
+    ensure!(pulled.is_ok(), "{pulled:?}\n{}", cx.daemon().log());
+    let begins = registry.begins(&layer);
+    ensure!(begins.len() == 3 && begins[0] == 0 && begins[1] > 0 && begins[2] >= begins[1], "{begins:?}");
+    are_over(&cx, &pids).await?;
+    let client = cx.daemon().client(client.namespace()).await?;
+    ensure!(names(&client).await? == [&*name] && snapshots(&client).await?.len() == 1);
+    remove(&client, &name).await?;
+    nothing_is_left(&client).await
+}
+
+pub(crate) async fn an_apply_and_a_read_of_a_part_go_on_over_upgrades(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let client = cx.client().with_lease("l").await?;
+    let blob = layer(&cx, "layer");
+    let digest = shim_tests::upload::store(&client, "r", &blob, &[]).await?;
+    let hex = digest.trim_start_matches("sha256:");
+    let file = cx.daemon().folder().join("root/io.containerd.content.v1.content/blobs/sha256").join(hex);
+    let mut held = HeldFile::over(&file, 1 << 20)?;
+    let (snapshotter, key) = ("overlayfs".to_owned(), "a".to_owned());
+    let request = PrepareSnapshotRequest { snapshotter, key, ..PrepareSnapshotRequest::default() };
+    let mounts = client.api().snapshots().prepare(client.request(request)).await?.into_inner().mounts;
+    let diff = Some(Descriptor { digest: digest.clone(), ..Descriptor::default() });
+    let (to, applier) = (mounts.clone(), client.clone());
+    let applying = tokio::spawn(async move {
+        let request = applier.request(ApplyRequest { diff, mounts: to, ..ApplyRequest::default() });
+        applier.api().diff().apply(request).await
+    });
+    eventually_true("the apply waits for the rest of the blob", SOON, || held.is_waited_for()).await?;
+    let (offset, size) = (1000, 2_000_000);
+    let request = client.request(ReadContentRequest { digest: digest.clone(), offset, size });
+    let mut reading = client.api().content().read(request).await?.into_inner();
+    let mut received = within("a block", SOON, reading.message()).await??.context("a block")?.data;
+    let pids = upgraded_twice(&cx).await?;
+    if times() > 1 {
+        // longer than calls have that are no such streams
+        tokio::time::sleep(Duration::from_secs(20)).await;
+    }
+    ensure!(!applying.is_finished(), "{}", cx.daemon().log());
+    held.release();
+    let applied = applying.await?;
+    let applied = applied.with_context(|| cx.daemon().log())?.into_inner().applied.context("a layer")?;
+    ensure!(applied.digest == digest, "{applied:?}");
+    while let Some(block) = within("a block", SOON, reading.message()).await?? {
+        ensure!(usize::try_from(block.offset)? == received.len(), "{} after {} bytes", block.offset, received.len());
+        received.extend(block.data);
+    }
+    ensure!(received == blob[1000..2_001_000], "{} bytes", received.len());
+    drop((reading, held));
+    are_over(&cx, &pids).await?;
+    let tree = PathBuf::from(&mounts[0].source);
+    let written = std::fs::read(tree.join(own(&cx, "layer")))?;
+    // after its header
+    ensure!(written == blob[512..512 + written.len()] && written.len() == 3 << 20, "{} bytes", written.len());
+    let client = cx.daemon().client(client.namespace()).await?;
+    shim_tests::import::end_lease(&client, "l").await?;
+    nothing_is_left(&client).await
 }

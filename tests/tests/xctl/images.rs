@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::{ctr, output_text, printed};
@@ -268,4 +269,39 @@ pub(crate) async fn an_image_is_pushed_and_pulled(cx: Context) -> Result<()> {
     xctl.prints(&["rmi", "local:1"])?;
     holds(&xctl, 0, 0).await?;
     xctl.leaves_nothing().await
+}
+
+pub(crate) async fn why_names_what_keeps_a_blob_and_a_snapshot(cx: Context) -> Result<()> {
+    let xctl = Xctl::new(&cx)?;
+    xctl.prints(&["import", &archive(&cx)?.display().to_string()])?;
+    let why = |what: &str| -> Result<Value> { Ok(serde_json::from_str(&xctl.prints(&["--format", "json", "why", what])?)?) };
+    let by_image = why("local:1")?;
+    let manifest = by_image[0]["id"].as_str().context("a digest")?.to_owned();
+    let expected = json!([{ "kind": "images", "id": IMAGE, "way": [{ "by": "target", "kind": "content", "id": manifest }] }]);
+    ensure!(by_image[0]["kept_by"] == expected, "{by_image}");
+    // the only layer's snapshot is called as the layer
+    let layer = printed(Command::new("sha256sum").arg(cx.folder().join("image/layer.tar")))?;
+    let layer = layer.split(' ').next().context("a digest")?;
+    let snapshot = |answer: &Value| answer.as_array().and_then(|all| all.iter().find(|one| one["kind"] == "snapshots/overlayfs").cloned());
+    let found = snapshot(&why(&layer[..20])?).context("a snapshot")?;
+    let way: Vec<_> = found["kept_by"][0]["way"].as_array().context("a way")?.iter().map(|step| step["by"].clone()).collect();
+    ensure!(way == ["target", "containerd.io/gc.ref.content.config", "containerd.io/gc.ref.snapshot.overlayfs"], "{found}");
+    let mut create = xctl.command(&["create", "--name", "web"]);
+    ensure!(create.args(xctl.place()).args(["local:1", "true"]).status()?.success());
+    let kept = xctl.prints(&["why", layer])?;
+    let lines = [
+        "kept by container web",
+        "parent → snapshot sha256:",
+        &format!("kept by image {IMAGE}"),
+        "gc.ref.content.config → content sha256:",
+    ];
+    ensure!(lines.iter().all(|line| kept.contains(line)), "{kept}");
+    xctl.prints(&["rm", "web"])?;
+    xctl.prints(&["rmi", "local:1"])?;
+    let (status, text) = xctl.fails(&["why", layer])?;
+    ensure!(status == 1 && text.contains("there is no image, blob or snapshot"), "{status}: {text}");
+    let client = cx.client().with_lease("l").await?;
+    let blob = shim_tests::upload::store(&client, "r", cx.client().namespace().as_bytes(), &[]).await?;
+    ensure!(xctl.prints(&["why", &blob])?.contains("kept by lease l\n    resource → content sha256:"));
+    Ok(shim_tests::import::end_lease(cx.client(), "l").await?)
 }

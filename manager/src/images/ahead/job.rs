@@ -75,7 +75,7 @@ impl Job {
         }
         let states = (0..plan.layers.len()).map(|number| if number < first { State::Taken } else { State::Coming }).collect();
         let shared = Arc::new(Shared { layers: Mutex::new(states), changes: watch::Sender::default() });
-        let slots = Arc::<Slots>::default();
+        let slots = Arc::new(Slots::new(unpacker.at_once));
         let mut tasks = JoinSet::new();
         for (number, layer) in plan.layers.iter().enumerate().skip(first) {
             let job = LayerJob {

@@ -39,13 +39,12 @@ pub(in crate::images) struct Job {
 #[derive(Debug)]
 pub(in crate::images) struct Slots(Semaphore);
 
-impl Default for Slots {
-    fn default() -> Self {
-        Self(Semaphore::new(AT_ONCE))
-    }
-}
-
 impl Slots {
+    /// For so many layers.
+    pub(in crate::images) fn new(at_once: usize) -> Self {
+        Self(Semaphore::new(at_once))
+    }
+
     /// One for a layer that arrives, if one is free: it is held for as long as the layer's client likes, so that the last one is left to those
     /// that are there.
     fn try_take_arriving(&self) -> Option<SemaphorePermit<'_>> {
@@ -190,8 +189,6 @@ impl fmt::Debug for Job {
     }
 }
 
-/// Layers of one image. Of those that arrive, as many as are fetched at once by default.
-const AT_ONCE: usize = 4;
 /// How much is unpacked between two reports.
 const REPORT_BYTES: u64 = 1 << 20;
 
@@ -199,9 +196,11 @@ const REPORT_BYTES: u64 = 1 << 20;
 mod tests {
     use super::*;
 
+    const AT_ONCE: usize = 4;
+
     #[test]
     fn layers_that_arrive_leave_one_slot_to_those_that_are_there() {
-        let slots = Slots::default();
+        let slots = Slots::new(AT_ONCE);
         let arriving: Vec<_> = std::iter::from_fn(|| slots.try_take_arriving()).collect();
         assert_eq!(arriving.len(), AT_ONCE - 1);
         let last = slots.0.try_acquire().expect("it is free");

@@ -30,6 +30,7 @@ use crate::gate::Gate;
 use crate::layers::LayerLimits;
 use crate::name::Namespace;
 use crate::pools::{Pool, Pools};
+use crate::settings::UNPACKS;
 use crate::snapshots::{Snapshots, Snapshotter};
 use crate::store::snapshots::Place;
 use crate::store::{Meta, Store};
@@ -103,6 +104,8 @@ pub(crate) struct Unpacker {
     /// Applies layers that arrive.
     pub(crate) arriving: Pool,
     pub(crate) limits: LayerLimits,
+    /// Layers of one image that are unpacked at the same time.
+    pub(crate) at_once: usize,
     claims: Claims,
 }
 
@@ -122,7 +125,12 @@ struct Work {
 impl Unpacker {
     pub(crate) fn new(store: Store, content: Arc<Content>, snapshots: Snapshots, gate: Gate, pools: &Pools, limits: LayerLimits) -> Self {
         let (layers, arriving) = (pools.layers.clone(), pools.arriving.clone());
-        Self { store, content, snapshots, gate, layers, arriving, limits, claims: Claims::default() }
+        Self { store, content, snapshots, gate, layers, arriving, limits, at_once: UNPACKS, claims: Claims::default() }
+    }
+
+    /// Unpacks so many layers of one image at the same time.
+    pub(crate) fn with_at_once(self, at_once: usize) -> Self {
+        Self { at_once, ..self }
     }
 
     /// Unpacks an image that is in the content store, or arrives there meanwhile. Called again, it finds everything done.
@@ -132,7 +140,7 @@ impl Unpacker {
     pub(crate) async fn unpack(&self, image: Unpack, on_progress: OnProgress) -> Result<Unpacked> {
         let plan = Plan::read(&self.content, &image.namespace, &image.manifest).await?;
         let place = Place { namespace: image.namespace.to_string(), snapshotter: image.snapshotter.name().to_owned() };
-        let (claimed, done, slots) = (BTreeMap::new(), BTreeMap::new(), Arc::default());
+        let (claimed, done, slots) = (BTreeMap::new(), BTreeMap::new(), Arc::new(Slots::new(self.at_once)));
         let mut work = Work { image, plan, place, on_progress, slots, claimed, done };
         let (count, mut new_layers, mut seen) = (work.plan.layers.len(), 0, 0);
         // an image may have no layers

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::image::{self, Codec, Size};
 
@@ -35,8 +35,16 @@ impl Registry {
     }
 }
 
+/// The type of its first record.
+const TLS_HANDSHAKE: u8 = 22;
+
 fn serve(socket: &TcpStream, folder: &Path) -> Result<()> {
     let (mut reader, mut writer) = (BufReader::new(socket), socket);
+    if reader.fill_buf()?.first() == Some(&TLS_HANDSHAKE) {
+        // as HTTP servers do: dockerd tries TLS first
+        writer.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
+        bail!("TLS on a port without it");
+    }
     let (mut line, mut header) = (String::new(), String::new());
     reader.read_line(&mut line)?;
     let (method, rest) = line.split_once(' ').context("a method")?;

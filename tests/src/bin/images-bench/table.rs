@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use shim_tests::beside::median;
+
 use crate::{CASES, Plan};
 
 /// Figures by their name: of each [`crate::Server`], in each round.
@@ -17,7 +19,7 @@ pub(crate) fn print(plan: &Plan, figures: &Figures) {
     println!("# Images: x-manager beside containerd 2.1\n");
     println!(
         "Images of {} MiB of text-like files in {} layers, stored and unpacked for containerd's own clients; the median of {} rounds, in turns. By",
-        plan.mib, plan.layers, plan.rounds
+        plan.images.mib, plan.images.layers, plan.images.rounds
     );
     println!(
         "`make bench-images` (`tests/src/bin/images-bench.rs`). A ratio above 1 is in x-manager's favour. With igzip in its PATH, containerd leaves"
@@ -56,10 +58,4 @@ fn line(name: &str, aim: &str, measured: f64, is_met: bool) {
 
 fn shown(value: f64) -> String {
     if value.is_finite() { format!("{value:.2}") } else { "–".to_owned() }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
