@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, umount2};
 use prost::Message;
 use serde_json::Value;
 use tokio::sync::Mutex;
@@ -266,6 +267,18 @@ impl Cri {
         meanwhile.await?;
         self.daemon.restart().await?;
         *self.channel.lock().await = None;
+        Ok(())
+    }
+
+    /// Removes the network namespaces that a killed containerd has made and forgotten, as it does: those of [`Plugin::Nothing`].
+    pub fn remove_forgotten_networks(&self) -> Result<()> {
+        let folder = self.daemon.folder().join("state");
+        for mount in fs::read_to_string("/proc/self/mountinfo")?.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
+            if mount.starts_with(&folder) && mount.parent().is_some_and(|parent| parent.ends_with("netns")) {
+                umount2(mount, MntFlags::MNT_DETACH)?;
+                fs::remove_file(mount)?;
+            }
+        }
         Ok(())
     }
 

@@ -103,9 +103,11 @@ impl Setup<'_> {
             false => (format!("  sandbox_image = \"{IMAGE}\"\n"), String::new()),
         };
         let internal_loopback = if self.plugin == Plugin::Nothing { "use_internal_loopback = true" } else { "" };
+        // whose they are can be seen then
+        let own_networks = if self.plugin == Plugin::Nothing { "netns_mounts_under_state_dir = true" } else { "" };
         let network = self.network(folder, is_new)?;
         Ok(format!(
-            "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n  {setting}\n{own}{block}\n  {sandboxer}\n\
+            "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n  {own_networks}\n  {setting}\n{own}{block}\n  {sandboxer}\n\
              [plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  {options}\n\
              [plugins.\"{plugin}\".cni]\n  {internal_loopback}\n  {network}\n{others}",
             setting = self.setting,
