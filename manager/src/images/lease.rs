@@ -197,7 +197,8 @@ impl Drop for Lease {
     }
 }
 
-const EXPIRE: &str = "containerd.io/gc.expire";
+/// The label with the time from which on the collector takes something for garbage that nothing else leads to.
+pub(super) const EXPIRE: &str = "containerd.io/gc.expire";
 /// On leases of transfers.
 const TRANSFER: &str = "x-manager/transfer";
 /// The label's value once another process has the transfer.

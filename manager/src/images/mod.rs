@@ -52,7 +52,7 @@ pub(crate) use pull::Pull;
 pub(crate) use push::Push;
 #[cfg(test)]
 pub(crate) use record::tests::image;
-pub(crate) use record::{put, validate};
+pub(crate) use record::{IMAGES, put, validate};
 pub(crate) use tree::Selection;
 
 use crate::content::{Content, Digest};
