@@ -22,6 +22,7 @@ mod fetch;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod import;
+mod index;
 mod ingest;
 mod lease;
 mod names;
