@@ -16,7 +16,7 @@ X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>
 X_REVISION := $(X_REVISION)
 export X_REVISION
 
-.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-power test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
+.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-power test-quota test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-docker bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
@@ -77,13 +77,17 @@ test-power: packages suites build-shim build-debug
 	X_KILLS=$(KILLS) $(POWER) --nocapture image_kills::
 	X_TIMES=8 $(POWER) --nocapture an_import_that_finds_no_room
 
-## snapshots that are bounded by quotas of projects, on an ext4 in an emulated guest: this host's kernel may know no quotas
+## snapshots that are bounded by quotas of projects, on an ext4 and on an xfs in an emulated guest: this host's kernel may know no quotas
+QUOTA_TEST = snapshots::tests::a_bounded_snapshot_takes_no_more_and_its_bound_goes_with_it
 test-quota: packages
+	tests/tools/install-packages e2fsprogs xfsprogs
 	set -e; tests=$$($(CARGO) test --locked --no-run --package x-manager --bin x-manager --message-format json | sed -n 's,.*"executable":"\([^"]*/x_manager-[^"]*\)".*,\1,p'); \
 	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; strip -o "$$work/x-manager-tests" "$$tests"; \
-	truncate -s 128M "$$work/disk"; mkfs.ext4 -q -F -O project,quota -E quotatype=prjquota "$$work/disk"; \
-	X_VM_MIB=1536 tests/tools/cgroup2-vm --disk "$$work/disk" --with "$$work/x-manager-tests" /bin/sh -c \
-		"mkdir /disk && mount -t ext4 -o prjquota /dev/vda /disk && TMPDIR=/disk $$work/x-manager-tests --nocapture snapshots::tests::a_bounded_snapshot snapshots::tests::a_snapshot_that_cannot"
+	truncate -s 128M "$$work/ext4"; mkfs.ext4 -q -F -O project,quota -E quotatype=prjquota "$$work/ext4"; \
+	truncate -s 320M "$$work/xfs"; mkfs.xfs -q "$$work/xfs"; \
+	X_VM_MIB=1536 tests/tools/cgroup2-vm --disk "$$work/ext4" --disk "$$work/xfs" --with "$$work/x-manager-tests" /bin/sh -ec \
+		"try() { mkdir /disk; mount -t \$$2 -o prjquota \$$1 /disk; TMPDIR=/disk X_BOUNDED=\$$2 $$work/x-manager-tests --nocapture --exact $(QUOTA_TEST); umount /disk; rmdir /disk; }; \
+		try /dev/vda ext4; try /dev/vdb xfs"
 
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
 test-systemd: suites build build-faulty

@@ -11,8 +11,8 @@ use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::host;
-use crate::name::identifier;
-use crate::settings::{MetricsAddress, ProxyPlugin, Settings, Sharing};
+use crate::name::{Namespace, identifier};
+use crate::settings::{ContentProxy, MetricsAddress, ProxyPlugin, Settings, Sharing};
 use crate::snapshots::Snapshotter;
 
 /// Every key with its default, commented.
@@ -79,6 +79,9 @@ struct Proxy {
     /// Not in containerd's.
     #[serde(default)]
     snapshotter: Option<String>,
+    /// Not in containerd's.
+    #[serde(default)]
+    namespace: Option<String>,
     #[serde(default)]
     platform: String,
     #[serde(default)]
@@ -260,9 +263,11 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
                 "letters, digits, and single dots, dashes and underscores; and not overlayfs or native",
             ));
         }
-        if proxy.r#type != "snapshot" {
-            return Err(bad("proxy_plugins.NAME.type", &proxy.r#type, "snapshot"));
-        }
+        let is_content = match proxy.r#type.as_str() {
+            "snapshot" => false,
+            "content" => true,
+            other => return Err(bad("proxy_plugins.NAME.type", &other, PROXY_TYPES)),
+        };
         let address = proxy.address.strip_prefix("unix://").unwrap_or(&proxy.address);
         if !address.starts_with('/') {
             return Err(bad("proxy_plugins.NAME.address", &proxy.address, "the absolute path of a unix socket"));
@@ -276,7 +281,27 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             }
             _ => return Err(bad("proxy_plugins.NAME.platform", &proxy.platform, "like linux/amd64, or linux/arm/v7")),
         };
-        let (address, exports, capabilities) = (address.into(), proxy.exports, proxy.capabilities);
+        let (address, exports, capabilities) = (PathBuf::from(address), proxy.exports, proxy.capabilities);
+        if !is_content && let Some(namespace) = proxy.namespace {
+            return Err(bad("proxy_plugins.NAME.namespace", &namespace, "there for a proxy of type content only"));
+        }
+        if is_content {
+            if let Some(snapshotter) = proxy.snapshotter {
+                return Err(bad("proxy_plugins.NAME.snapshotter", &snapshotter, "there for a proxy of type snapshot only"));
+            }
+            let namespace = proxy.namespace.unwrap_or_else(|| CONTENT_NAMESPACE.to_owned());
+            if Namespace::parse(&namespace).is_err() {
+                return Err(bad("proxy_plugins.NAME.namespace", &namespace, "the name of a namespace"));
+            }
+            if address == settings.address {
+                return Err(bad("proxy_plugins.NAME.address", &proxy.address, "the socket of another process"));
+            }
+            if settings.content_proxy.is_some() {
+                return Err(bad("proxy_plugins", &name, "the only one of type content: its blobs take the place of files"));
+            }
+            settings.content_proxy = Some(ContentProxy { name, namespace, address, platform, exports, capabilities });
+            continue;
+        }
         let snapshotter = proxy.snapshotter.unwrap_or_else(|| name.clone());
         settings.proxies.push(ProxyPlugin { name, snapshotter, address, platform, exports, capabilities });
     }
@@ -316,6 +341,9 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
 }
 
 const LEAST_STORE_BYTES: u64 = 1 << 20;
+const PROXY_TYPES: &str = "snapshot or content: containerd has proxies of type sandbox and diff too, which x-manager does not use";
+/// What containerd's clients use if they are not asked for another one.
+const CONTENT_NAMESPACE: &str = "default";
 
 #[cfg(test)]
 mod tests {
@@ -367,7 +395,12 @@ mod tests {
             "[gc]\npause_threshold = 0.6",
             "[transfer]\nmax_concurrent_downloads = 0",
             "[transfer]\nconfig_path = \"/a:b\"",
-            "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"",
+            "[proxy_plugins.x]\ntype = \"diff\"\naddress = \"/x\"",
+            "[proxy_plugins.x]\ntype = \"content\"\naddress = \"x\"",
+            "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"\nsnapshotter = \"x\"",
+            "[proxy_plugins.x]\ntype = \"content\"\naddress = \"/x\"\nnamespace = \"a b\"",
+            "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"/x\"\nnamespace = \"a\"",
+            "address = \"/x\"\n[proxy_plugins.x]\ntype = \"content\"\naddress = \"unix:///x\"",
             "[proxy_plugins.native]\ntype = \"snapshot\"\naddress = \"/x\"",
             "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"x\"",
             "[proxy_plugins.x]\ntype = \"snapshot\"\naddress = \"/x\"\nplatform = \"linux\"",
@@ -390,6 +423,18 @@ mod tests {
             (Some("v7"), &["remap-ids".to_owned()][..])
         );
         assert!(sentence("[proxy_plugins.x]\ntype = \"snapshot\"").contains("missing field `address`"));
+    }
+
+    #[test]
+    fn one_content_proxy_is_taken_and_other_types_are_refused_by_name() {
+        let one = "[proxy_plugins.cache]\ntype = \"content\"\naddress = \"/run/c.sock\"\n";
+        let settings = parse(Path::new("/c.toml"), one).expect("all of it is right");
+        let proxy = settings.content_proxy.expect("one");
+        assert_eq!((proxy.name.as_str(), proxy.namespace.as_str(), proxy.address.to_str()), ("cache", "default", Some("/run/c.sock")));
+        assert!(settings.proxies.is_empty());
+        let two = sentence(&format!("{one}namespace = \"k8s.io\"\n{}", one.replace("cache", "more")));
+        assert_eq!(two, "/c.toml: proxy_plugins \"more\": should be the only one of type content: its blobs take the place of files");
+        assert!(sentence(&one.replace("content", "sandbox")).contains("sandbox and diff too, which x-manager does not use"));
     }
 
     #[test]

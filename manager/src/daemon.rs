@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -34,9 +35,7 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     if let Err(error) = children::raise_open_files() {
         warn!(error:%; "cannot raise the limit on open files");
     }
-    let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().max_blocking_threads(THREADS).thread_stack_size(STACK_BYTES).build();
-    let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
+    let served = executor().build().on("start the executor of", Path::new("x-manager"))?.block_on(async {
         // SIGHUP during startup is an upgrade request, and must not kill this process
         let hangup = signal(SignalKind::hangup()).on("wait for signals to", Path::new("x-manager"))?;
         let start = match inherited {
@@ -49,6 +48,15 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
         notify::send(&format!("STATUS={}", error.chain()));
     }
     served
+}
+
+/// The executor, whose one thread also receives what clients and registries send.
+fn executor() -> Builder {
+    let mut builder = Builder::new_current_thread();
+    // By default it looks for what arrives after 61 steps only. While an image is pulled each of them copies up to 256 KiB, and a State waits for
+    // all of that twice: for its request, and for the shim's answer.
+    builder.enable_all().event_interval(STEPS).max_blocking_threads(THREADS).thread_stack_size(STACK_BYTES);
+    builder
 }
 
 /// What is set up before this process serves.
@@ -256,6 +264,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(10);
 /// Of each thread of the pools.
 const STACK_BYTES: usize = 256 << 10;
+/// Of tasks, between two looks at what has arrived.
+const STEPS: u32 = 4;
 /// When stopping, to answer events of shims.
 const HANG_UP: Duration = Duration::from_secs(2);
 /// For streams of transfers that have not begun, when another process serves.
@@ -264,3 +274,50 @@ const HAND_STREAMS_OVER: Duration = Duration::from_secs(5);
 const SETTLE: Duration = Duration::from_secs(2);
 /// When stopping, for what is being written to the store.
 const LAST_CHANGES: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::io::Write as _;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::task::Poll;
+
+    use tokio::io::AsyncReadExt as _;
+
+    use super::*;
+
+    #[test]
+    fn what_arrives_is_seen_after_a_few_steps_of_tasks_that_never_rest() {
+        executor().build().expect("an executor").block_on(async {
+            let (mut here, there) = std::os::unix::net::UnixStream::pair().expect("sockets");
+            there.set_nonblocking(true).expect("a socket");
+            let mut there = tokio::net::UnixStream::from_std(there).expect("a socket");
+            let steps = Arc::new(AtomicU32::new(0));
+            let now = Arc::clone(&steps);
+            let reader = tokio::spawn(async move {
+                let mut latest = 0;
+                while there.read_u8().await.is_ok() {
+                    latest = latest.max(now.load(Ordering::Relaxed) % EVERY);
+                }
+                latest
+            });
+            let busy = tokio::spawn(poll_fn(move |cx| {
+                let step = 1 + steps.fetch_add(1, Ordering::Relaxed);
+                if step % EVERY == 0 {
+                    here.write_all(&[0]).expect("room");
+                }
+                if step == 50 * EVERY + EVERY / 2 {
+                    return Poll::Ready(());
+                }
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }));
+            busy.await.expect("no panic");
+            let latest = reader.await.expect("no panic");
+            assert!(latest <= 2 * STEPS, "{latest}");
+        });
+    }
+
+    /// More than an executor does by itself before it looks.
+    const EVERY: u32 = 200;
+}

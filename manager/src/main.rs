@@ -31,6 +31,7 @@ mod notify;
 mod parts;
 mod pools;
 mod preflight;
+mod proxy;
 mod publish;
 mod restart;
 mod settings;
@@ -100,7 +101,7 @@ fn run(invocation: Invocation) -> Result<()> {
         Invocation::Check(settings) => {
             let mut wrong = store::check(&settings.store())?;
             // twice: a daemon that runs may remove content meanwhile
-            let files = || Ok::<_, Error>(content::check(&settings.content(), store::sizes(&settings.store())?));
+            let files = || content::check(&settings.content(), store::sizes(&settings.store())?, settings.content_proxy.as_ref());
             if !files()?.is_empty() {
                 wrong.extend(files()?);
             }

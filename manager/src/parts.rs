@@ -75,7 +75,7 @@ impl Parts {
             started: AtomicU64::new(0),
         });
         let content = Content::open(&settings.content(), settings.sharing, store.clone(), pools.content.clone(), gate.clone())?;
-        let content = Arc::new(content);
+        let content = Arc::new(content.with_proxy(settings.content_proxy.as_ref()));
         let differ = Differ {
             snapshots: snapshots.clone(),
             content: Arc::clone(&content),

@@ -37,6 +37,8 @@ pub(crate) struct Settings {
     pub(crate) transfer: TransferSettings,
     /// Snapshotters that other processes serve.
     pub(crate) proxies: Vec<ProxyPlugin>,
+    /// The content store that another process serves, if one does.
+    pub(crate) content_proxy: Option<ContentProxy>,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
 }
@@ -119,6 +121,20 @@ pub(crate) struct ProxyPlugin {
     pub(crate) capabilities: Vec<String>,
 }
 
+/// A content store that another process serves, likewise.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ContentProxy {
+    pub(crate) name: String,
+    /// In which it has everything, whatever namespace has it here.
+    pub(crate) namespace: String,
+    /// Its unix socket.
+    pub(crate) address: PathBuf,
+    /// What clients see of it.
+    pub(crate) platform: Option<Platform>,
+    pub(crate) exports: BTreeMap<String, String>,
+    pub(crate) capabilities: Vec<String>,
+}
+
 /// What clients may make this process hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
@@ -155,6 +171,7 @@ impl Default for Settings {
             collection: Collection::default(),
             transfer: TransferSettings::default(),
             proxies: Vec::new(),
+            content_proxy: None,
             limits: Limits::default(),
         }
     }

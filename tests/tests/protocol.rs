@@ -132,6 +132,7 @@ fn main() -> ExitCode {
         a_container_has_three_descriptors_and_none_is_a_file_of_the_host,
         a_socket_folder_fits_to_the_last_byte_and_not_beyond,
         a_start_beside_an_exiting_shim_gets_a_new_one,
+        a_start_whose_input_stays_open_does_not_keep_another_of_its_group_waiting,
         a_file_that_is_no_socket_is_not_replaced,
         the_runtime_is_one_that_works_on_this_host_unless_it_is_named,
     ]);
@@ -193,6 +194,8 @@ fn main() -> ExitCode {
         a_second_sandbox_in_a_shim_is_refused,
         a_container_does_not_get_the_process_ids_of_a_keeper,
         a_sandbox_that_is_never_started_expires,
+        a_sandbox_that_is_never_started_does_not_expire_while_a_client_asks_about_it,
+        a_request_that_has_half_arrived_when_its_sandbox_expires_is_answered,
     ]);
     cases.extend(direct_cases![specification:
         every_section_with_numbers_has_a_test,

@@ -89,6 +89,13 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         shown.exports.insert("address".to_owned(), proxied.address.to_string_lossy().into_owned());
         plugins.push(shown);
     }
+    if let Some(proxied) = &settings.content_proxy {
+        let mut shown = plugin("io.containerd.content.v1", &proxied.name);
+        shown.platforms = proxied.platform.iter().cloned().collect();
+        (shown.capabilities, shown.exports) = (proxied.capabilities.clone(), proxied.exports.clone().into_iter().collect());
+        shown.exports.insert("address".to_owned(), proxied.address.to_string_lossy().into_owned());
+        plugins.push(shown);
+    }
     plugins.push(with(plugin("io.containerd.differ.v1", "walking"), &platforms, &[], &[]));
     plugins.push(plugin("io.containerd.streaming.v1", "manager"));
     plugins.push(with(plugin("io.containerd.transfer.v1", "local"), &platforms, &[], &[]));

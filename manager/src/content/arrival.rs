@@ -74,7 +74,16 @@ pub(crate) struct Follower {
     cancel: Cancel,
 }
 
-/// Where the bytes of a blob are.
+/// Where the bytes of a blob are, of which nothing is open yet.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// In a blob.
+    Whole,
+    /// In what is being written.
+    Arriving(Follower),
+}
+
+/// The bytes of a blob.
 #[derive(Debug)]
 pub(crate) enum Bytes {
     /// In a blob.
@@ -205,13 +214,13 @@ impl Read for Bytes {
 
 impl Content {
     /// Where the bytes of a blob are, now; none if it is neither in the namespace nor being written by a client that has named its digest.
-    pub(crate) async fn bytes(&self, namespace: &Namespace, digest: &Digest, cancel: &Cancel) -> Result<Option<Bytes>> {
+    pub(crate) async fn bytes(&self, namespace: &Namespace, digest: &Digest, cancel: &Cancel) -> Result<Option<Found>> {
         // first: it is recorded before it is no arrival any more
         let arrival = lock(&self.arrivals.all).get(&(namespace.clone(), digest.clone())).cloned();
         if self.has(namespace, digest).await? {
-            return self.read(namespace, digest).await.map(|blob| Some(Bytes::Whole(blob)));
+            return Ok(Some(Found::Whole));
         }
-        Ok(arrival.map(|arrival| Bytes::Arriving(Follower { arrival, at: 0, cancel: cancel.clone() })))
+        Ok(arrival.map(|arrival| Found::Arriving(Follower { arrival, at: 0, cancel: cancel.clone() })))
     }
 
     /// Whether a namespace has a blob.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use containerd_client::services::v1::Status;
 use log::warn;
 
-use super::files::{age_of, remove};
+use super::files::{Removed, age_of, remove};
 use super::{Content, Digest, lock};
 use crate::error::Result;
 use crate::store::{Meta, blobs, leases, resources};
@@ -25,7 +25,11 @@ pub(crate) enum Scan {
 
 impl Content {
     /// Removes files that no row needs, and ingests that nothing holds.
-    pub(crate) async fn collect(&self, scan: Scan) -> Result<()> {
+    pub(crate) async fn collect(self: &Arc<Self>, scan: Scan) -> Result<()> {
+        if let Some(remote) = self.remote.as_ref().filter(|_| scan == Scan::All) {
+            remote.look_for_unnamed();
+        }
+        self.collect_there();
         self.collect_ingests().await?;
         if scan == Scan::All {
             let files = Arc::clone(&self.files);
@@ -33,6 +37,11 @@ impl Content {
             self.remove_all(taken).await?;
             self.dereferenced(all);
         }
+        self.remove_unreferenced().await
+    }
+
+    /// Removes the files of blobs that have lost a row, if it was the last.
+    pub(crate) async fn remove_unreferenced(&self) -> Result<()> {
         loop {
             let batch: Vec<_> = {
                 let pinned = lock(&self.pinned);
@@ -68,21 +77,22 @@ impl Content {
             unheld.retain(|digest| !pinned.contains_key(digest));
         }
         let files = Arc::clone(&self.files);
-        let taken = self.pool.run(move || unheld.iter().map(|digest| files.take_away(digest)).collect::<Vec<_>>()).await?;
+        let removed = self.pool.run(move || unheld.iter().map(|digest| files.remove(digest)).collect::<Vec<_>>()).await?;
         {
             let pinned = lock(&self.pinned);
             // one that is pinned meanwhile is looked at again
             lock(&self.unreferenced).retain(|digest| !batch.contains(digest) || pinned.contains_key(digest));
         }
         drop(publishing);
-        let mut paths = Vec::new();
-        for path in taken {
-            match path {
-                Ok(path) => paths.extend(path),
+        let mut aside = Vec::new();
+        for removed in removed {
+            match removed {
+                Ok(Removed::Freed(bytes)) => drop(self.freed.fetch_add(bytes, Ordering::Relaxed)),
+                Ok(Removed::Aside(path)) => aside.push(path),
                 Err(error) => self.leave(&error),
             }
         }
-        self.remove_all(paths).await
+        if aside.is_empty() { Ok(()) } else { self.remove_all(aside).await }
     }
 
     /// Removes files. One that cannot be removed does not keep the others.

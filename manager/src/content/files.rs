@@ -29,6 +29,15 @@ pub(super) struct Files {
     next: AtomicU64,
 }
 
+/// What became of a blob that was removed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Removed {
+    /// These bytes are free, none if it was not there.
+    Freed(u64),
+    /// Its space is freed when this path is removed.
+    Aside(PathBuf),
+}
+
 /// An ingest that is being written.
 #[derive(Debug)]
 pub(super) struct Ingest {
@@ -94,6 +103,33 @@ impl Files {
         match fs::rename(&from, &to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             moved => moved.on("remove", &from).map(|()| Some(to)),
+        }
+    }
+
+    /// A file without a name, to write and read it.
+    pub(super) fn unnamed(&self) -> Result<File> {
+        let path = self.unused();
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path).on("make", &path)?;
+        // one that a process leaves that is killed here is taken for a removed one
+        fs::remove_file(&path).on("remove", &path)?;
+        Ok(file)
+    }
+
+    /// What the file system has left.
+    pub(super) fn free_bytes(&self) -> Result<u64> {
+        let about = rustix::fs::statvfs(&self.folder).map_err(io::Error::from).on("look at the file system of", &self.folder)?;
+        Ok(about.f_bavail.saturating_mul(about.f_frsize))
+    }
+
+    /// Removes a blob: a small one at once, for which a change of one folder is enough, a large one is taken away.
+    pub(super) fn remove(&self, digest: &Digest) -> Result<Removed> {
+        let path = self.blob(digest);
+        match fs::symlink_metadata(&path) {
+            Ok(about) if about.is_file() && about.len() <= SMALL_BYTES => {
+                fs::remove_file(&path).on("remove", &path).map(|()| Removed::Freed(about.len()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Removed::Freed(0)),
+            _ => self.take_away(digest).map(|path| path.map_or(Removed::Freed(0), Removed::Aside)),
         }
     }
 
@@ -283,8 +319,7 @@ impl Ingest {
     }
 
     /// Appends the beginning of another file.
-    pub(super) fn copy(&mut self, from: &Path, bytes: u64) -> Result<()> {
-        let file = File::open(from).on("open", from)?;
+    pub(super) fn copy(&mut self, file: &File, from: &Path, bytes: u64) -> Result<()> {
         let mut buffer = vec![0; BUFFER_BYTES];
         while self.offset < bytes {
             let count = file.read_at(&mut buffer, self.offset).on("read", from)?;
@@ -417,6 +452,8 @@ pub(super) fn age_of(path: &Path) -> Option<std::time::Duration> {
 
 /// What is written to the disk at once, while more comes.
 const WRITEBACK_BYTES: u64 = 2 << 20;
+/// The largest blob whose space is freed as fast as it is renamed.
+pub(super) const SMALL_BYTES: u64 = 128 << 10;
 /// What is hashed at once.
 const BUFFER_BYTES: usize = 256 << 10;
 /// The longest text of an ingest: a reference with its namespace.

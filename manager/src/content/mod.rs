@@ -9,15 +9,19 @@
 //! A namespace has what it has a row of; the file belongs to all. docs/images.md has what clients see of it.
 //!
 //! **Invariants:** a row's file is whole and on the disk: it is named before the row is written, and removed after the last one. One writer
-//! has a reference at a time. Files are touched by threads of a pool only.
+//! has a reference at a time. Files are touched by threads of a pool only. With a content proxy, its blobs take the place of files: `proxied.rs`.
 
 mod arrival;
 mod collect;
 mod digest;
 mod files;
+mod near;
+mod proxied;
+mod proxy;
 mod reference;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod verify;
 mod writer;
 
@@ -30,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_client::services::v1::{Info, Status};
 
-pub(crate) use arrival::Bytes;
+pub(crate) use arrival::{Bytes, Found};
 pub(crate) use collect::Scan;
 pub(crate) use digest::{Algorithm, Digest, Hasher};
 pub(crate) use verify::Verified;
@@ -40,10 +44,11 @@ use crate::error::{Error, IoContext as _, Object, Result};
 use crate::gate::Gate;
 use crate::name::Namespace;
 use crate::pools::Pool;
-use crate::settings::Sharing;
+use crate::settings::{ContentProxy, Sharing};
 use crate::store::{Meta, Resource, Store, blobs, resources};
 use arrival::Arrivals;
 use files::Files;
+use proxied::Remote;
 use reference::References;
 
 /// All content.
@@ -68,6 +73,8 @@ pub(crate) struct Content {
     publishing: Arc<tokio::sync::RwLock<()>>,
     /// Held by the verification that reads all blobs.
     verifying: tokio::sync::Mutex<()>,
+    /// The proxy that has the bytes of blobs, if one does.
+    remote: Option<Remote>,
 }
 
 /// A blob that can be read, also when it is removed meanwhile.
@@ -87,10 +94,34 @@ impl Blob {
         Ok(buffer)
     }
 
+    /// With bytes of it.
+    fn blocking_with(self, offset: u64, bytes: usize) -> Result<(Self, Vec<u8>)> {
+        let read = self.blocking_read(offset, bytes)?;
+        Ok((self, read))
+    }
+
     /// Its file, which is at no particular offset.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
+}
+
+/// Opens the file of a blob: the one that was fetched from a proxy, or its own.
+fn blocking_open(path: &Arc<Path>, expected: u64, fetched: Option<&File>) -> Result<Blob> {
+    let file = match fetched {
+        Some(file) => near::blocking_reopen(file, path)?,
+        None => File::options().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(path).on("open blob", path)?,
+    };
+    let size = file.metadata().on("look at", path)?.len();
+    if expected != size {
+        return Err(Error::DataLoss(format!("blob {} has {size} bytes instead of {expected}", path.display())));
+    }
+    Ok(Blob { file: Arc::new(file), path: Arc::clone(path), size })
+}
+
+/// Whether an error says that there is no such file.
+fn is_absence(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
 }
 
 pub(crate) fn not_found(digest: &Digest) -> Error {
@@ -114,7 +145,13 @@ impl Content {
             has_left: AtomicBool::new(false),
             publishing: Arc::default(),
             verifying: tokio::sync::Mutex::default(),
+            remote: None,
         })
+    }
+
+    /// The same with the bytes of blobs at a proxy.
+    pub(crate) fn with_proxy(self, proxy: Option<&ContentProxy>) -> Self {
+        Self { remote: proxy.map(Remote::new), ..self }
     }
 
     /// What is known of a blob.
@@ -132,19 +169,20 @@ impl Content {
     /// The same with bytes of it from an offset, fewer at its end. Docker reads blobs by 32 KiB a call: each is opened and read by one job.
     pub(crate) async fn read_from(&self, namespace: &Namespace, digest: &Digest, offset: u64, bytes: usize) -> Result<(Blob, Vec<u8>)> {
         let info = self.info(namespace, digest).await?;
-        let path = self.files.blob(digest);
-        self.pool
-            .run(move || {
-                let file = File::options().read(true).custom_flags(nix::libc::O_NOFOLLOW).open(&path).on("open blob", &path)?;
-                let size = file.metadata().on("look at", &path)?.len();
-                if u64::try_from(info.size) != Ok(size) {
-                    return Err(Error::DataLoss(format!("blob {} has {size} bytes instead of {}", path.display(), info.size)));
-                }
-                let blob = Blob { file: Arc::new(file), path: path.into(), size };
-                let read = blob.blocking_read(offset, bytes)?;
-                Ok((blob, read))
-            })
-            .await?
+        let path: Arc<Path> = self.files.blob(digest).into();
+        let size = u64::try_from(info.size).unwrap_or_default();
+        let near = self.remote.as_ref().and_then(|remote| remote.near(digest, size));
+        let opened = {
+            let path = Arc::clone(&path);
+            self.pool.run(move || blocking_open(&path, size, near.as_deref())?.blocking_with(offset, bytes)).await?
+        };
+        let (Err(error), Some(remote)) = (&opened, &self.remote) else { return opened };
+        if !matches!(error, Error::DataLoss(_)) && !is_absence(error) {
+            return opened;
+        }
+        // what is damaged here may be sound there
+        let file = self.fetch(remote, digest, size).await?;
+        self.pool.run(move || blocking_open(&path, size, Some(&file))?.blocking_with(offset, bytes)).await?
     }
 
     /// Removes a blob from a namespace, and from the lease of the call. The collector removes its file when no other namespace has it.
@@ -193,21 +231,31 @@ impl Content {
 
     /// Notes that blobs lost a row: their files go with the next collection if it was the last.
     pub(crate) fn dereferenced(&self, digests: impl IntoIterator<Item = Digest>) {
-        lock(&self.unreferenced).extend(digests);
+        let mut unreferenced = lock(&self.unreferenced);
+        let before = unreferenced.len();
+        unreferenced.extend(digests);
+        if let Some(remote) = self.remote.as_ref().filter(|_| unreferenced.len() > before) {
+            remote.look_for_unnamed();
+        }
     }
 }
 
-/// Everything that is wrong with the files of the content that a store has, a sentence each. It reads no file.
-pub(crate) fn check(folder: &Path, sizes: Vec<(String, i64)>) -> Vec<String> {
-    let wrong = |(digest, size): (String, i64)| {
+/// Everything that is wrong with the files of the content that a store has, and with what a proxy has of it, a sentence each. It reads no blob.
+pub(crate) fn check(folder: &Path, sizes: Vec<(String, i64)>, proxy: Option<&ContentProxy>) -> Result<Vec<String>> {
+    let (mut wrong, mut elsewhere) = (Vec::new(), Vec::new());
+    for (digest, size) in sizes {
         let path = folder.join("blobs").join(digest.replace(':', "/"));
-        match std::fs::symlink_metadata(&path) {
-            Ok(about) if u64::try_from(size) == Ok(about.len()) => None,
-            Ok(about) => Some(format!("{} has {} bytes instead of {size}", path.display(), about.len())),
-            Err(error) => Some(format!("{}: {error}", path.display())),
+        match (std::fs::symlink_metadata(&path), Digest::of(&digest).filter(|_| proxy.is_some())) {
+            (Ok(about), _) if u64::try_from(size) == Ok(about.len()) => {}
+            (_, Some(digest)) => elsewhere.push((digest, size)),
+            (Ok(about), None) => wrong.push(format!("{} has {} bytes instead of {size}", path.display(), about.len())),
+            (Err(error), None) => wrong.push(format!("{}: {error}", path.display())),
         }
-    };
-    sizes.into_iter().filter_map(wrong).collect()
+    }
+    if let Some(proxy) = proxy.filter(|_| !elsewhere.is_empty()) {
+        wrong.extend(proxied::blocking_check(proxy, &elsewhere)?);
+    }
+    Ok(wrong)
 }
 
 /// What an ingest is called among those of all namespaces.

@@ -1,5 +1,6 @@
 use std::fs;
 
+use super::files::{Removed, SMALL_BYTES};
 use super::*;
 
 struct Fixture {
@@ -117,6 +118,21 @@ async fn a_flipped_byte_is_found_and_the_next_writer_mends_it() {
     assert_eq!(f.content.verify().await.expect("all is read").missing, [digests[1].clone()]);
     f.content.collect(Scan::All).await.expect("collected");
     assert_eq!(fs::read_dir(f.folder.join("content/removed")).expect("a folder").count(), 0);
+}
+
+#[test]
+fn a_small_file_is_removed_at_once_and_a_large_one_is_put_aside_first() {
+    let folder = scratch::Folder::new("content-remove");
+    let files = Files::open(&folder).expect("folders");
+    let aside = || fs::read_dir(folder.join("removed")).expect("a folder").count();
+    for (bytes, is_small) in [(0, true), (SMALL_BYTES, true), (SMALL_BYTES + 1, false)] {
+        let digest = Digest::of_text(&bytes.to_string());
+        fs::File::create(files.blob(&digest)).and_then(|file| file.set_len(bytes)).expect("a file");
+        let removed = files.remove(&digest).expect("removed");
+        assert_eq!(files.size(&digest), None, "{bytes}");
+        assert_eq!((matches!(removed, Removed::Freed(freed) if freed == bytes), aside()), (is_small, usize::from(!is_small)), "{bytes}");
+        assert_eq!(files.remove(&digest).expect("it is not there"), Removed::Freed(0));
+    }
 }
 
 #[tokio::test]

@@ -66,6 +66,15 @@ impl Content {
         let known: Vec<_> = known.filter(|digest| !verified.damaged.contains(digest)).collect();
         let missing = move || known.into_iter().filter(|digest| files.size(digest).is_none()).collect();
         verified.missing = self.pool.run(missing).await?;
+        if let Some(remote) = &self.remote {
+            for digest in std::mem::take(&mut verified.missing) {
+                match self.verify_there(remote, &digest).await? {
+                    Some(true) => verified.sound += 1,
+                    Some(false) => verified.damaged.push(digest),
+                    None => verified.missing.push(digest),
+                }
+            }
+        }
         Ok(verified)
     }
 

@@ -17,6 +17,7 @@ use prost_types::Timestamp;
 use super::arrival::Arriving;
 use super::digest::{Algorithm, Digest};
 use super::files::Ingest;
+use super::proxied::note;
 use super::reference::Held;
 use super::{CONTENT, Content, lock, name};
 use crate::error::{Error, Object, Result};
@@ -40,10 +41,10 @@ pub(crate) struct Opening {
 /// The only writer of a reference.
 #[derive(Debug)]
 pub(crate) struct Writer {
-    content: Arc<Content>,
-    opening: Opening,
-    name: String,
-    state: State,
+    pub(super) content: Arc<Content>,
+    pub(super) opening: Opening,
+    pub(super) name: String,
+    pub(super) state: State,
     /// For those who read it at the same time.
     arriving: Option<Arriving>,
     /// Of jobs, too: they go on when their caller leaves.
@@ -51,9 +52,9 @@ pub(crate) struct Writer {
 }
 
 #[derive(Debug)]
-enum State {
+pub(super) enum State {
     Writing(Box<Ingest>),
-    /// Another namespace has what is expected.
+    /// Another namespace has what is expected, or a proxy by itself.
     Shared {
         pin: Pin,
         size: u64,
@@ -76,7 +77,7 @@ pub(crate) struct Progress {
 
 /// Keeps a blob's file.
 #[derive(Debug)]
-struct Pin {
+pub(super) struct Pin {
     content: Arc<Content>,
     digest: Digest,
 }
@@ -136,25 +137,22 @@ impl Content {
         let name = name(&opening.namespace, &opening.reference);
         let held = self.references.take(&name).await?;
         let shared = match &opening.expected {
-            Some(digest) => self.find(&opening, digest).await?,
-            None => None,
+            Some(digest) => self.find(&opening, digest).await,
+            None => Ok(None),
         };
+        if self.remote.is_some() && matches!(shared, Err(Error::AlreadyExists(_))) {
+            // a process that was killed may have left what it had committed
+            let (files, name, _pass) = (Arc::clone(&self.files), name.clone(), self.gate.enter().await?);
+            self.pool.run(move || files.abort(&name)).await??;
+        }
+        let shared = shared?;
         let (lease, place) = (opening.lease.clone(), opening.namespace.clone());
         if lease.is_some() {
             self.store.read(move |db| check_lease(db, place.as_str(), lease.as_deref())).await?;
         }
-        let state = match (shared, &opening.expected) {
-            (Some((pin, recorded)), Some(_)) => {
-                let (files, digest) = (Arc::clone(&self.files), pin.digest.clone());
-                let size = self.pool.run(move || files.size(&digest)).await?;
-                // a file of another length was damaged
-                let is_whole = |size: &u64| i64::try_from(*size) == Ok(recorded);
-                match size.filter(|size| is_whole(size) && (opening.total == 0 || opening.total == *size)) {
-                    Some(size) => State::Shared { pin, size, since: timestamp::now() },
-                    None => self.begin(&opening, &name).await?,
-                }
-            }
-            _ => self.begin(&opening, &name).await?,
+        let state = match shared {
+            Some((pin, size)) => State::Shared { pin, size, since: timestamp::now() },
+            None => self.begin(&opening, &name).await?,
         };
         let mut writer = Writer { content: Arc::clone(self), opening, name, state, arriving: None, held: Arc::new(held) };
         writer.announce()?;
@@ -169,8 +167,8 @@ impl Content {
         Ok(State::Writing(Box::new(begun)))
     }
 
-    /// Looks for what is expected: in the namespace, which is an error; in others, with its length.
-    async fn find(self: &Arc<Self>, opening: &Opening, digest: &Digest) -> Result<Option<(Pin, i64)>> {
+    /// Looks for what is expected: in the namespace, which is an error; in others and at the proxy, with its length.
+    async fn find(self: &Arc<Self>, opening: &Opening, digest: &Digest) -> Result<Option<(Pin, u64)>> {
         if self.is_whole(&opening.namespace, digest).await? {
             let (place, lease, id) = (opening.namespace.clone(), opening.lease.clone(), digest.clone());
             let is_held = if lease.is_some() {
@@ -191,16 +189,36 @@ impl Content {
         let pin = Pin::new(self, digest);
         let (id, is_shared) = (digest.clone(), self.sharing == Sharing::Shared);
         let elsewhere = self.store.read(move |db| blobs::elsewhere(db, id.as_str(), is_shared)).await?;
-        Ok(elsewhere.map(|info| (pin, info.size)))
+        let recorded = elsewhere.map(|info| info.size);
+        let fits = |size: &u64| {
+            (opening.total == 0 || opening.total == *size) && recorded.is_none_or(|recorded| i64::try_from(*size) == Ok(recorded))
+        };
+        if recorded.is_some() {
+            let (files, digest) = (Arc::clone(&self.files), digest.clone());
+            // a file of another length was damaged
+            if let Some(size) = self.pool.run(move || files.size(&digest)).await?.filter(fits) {
+                return Ok(Some((pin, size)));
+            }
+        }
+        match &self.remote {
+            Some(remote) if is_shared || recorded.is_some() => {
+                Ok(self.size_there(remote, digest).await.filter(fits).map(|size| (pin, size)))
+            }
+            _ => Ok(None),
+        }
     }
 
-    /// Whether a namespace has a blob, and its file is there: what was lost can be written again.
+    /// Whether a namespace has a blob, and its file is there, or the proxy has it: what was lost can be written again.
     pub(crate) async fn is_whole(&self, namespace: &Namespace, digest: &Digest) -> Result<bool> {
         let (place, id) = (namespace.clone(), digest.clone());
         let Some(info) = self.store.read(move |db| blobs::get(db, place.as_str(), id.as_str())).await? else { return Ok(false) };
-        let (files, digest) = (Arc::clone(&self.files), digest.clone());
-        let size = self.pool.run(move || files.size(&digest)).await?;
-        Ok(size.and_then(|size| i64::try_from(size).ok()) == Some(info.size))
+        let (files, of) = (Arc::clone(&self.files), digest.clone());
+        let size = self.pool.run(move || files.size(&of)).await?;
+        match &self.remote {
+            _ if size.and_then(|size| i64::try_from(size).ok()) == Some(info.size) => Ok(true),
+            Some(remote) => Ok(self.is_there(remote, digest, info.size).await),
+            None => Ok(false),
+        }
     }
 }
 
@@ -232,11 +250,16 @@ impl Writer {
 
     /// Appends bytes.
     pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<()> {
-        if bytes.is_empty() {
+        self.write_all(vec![bytes]).await
+    }
+
+    /// Appends bytes that came in several pieces, in one turn of a thread.
+    pub(crate) async fn write_all(&mut self, pieces: Vec<Bytes>) -> Result<()> {
+        if pieces.iter().all(Bytes::is_empty) {
             return Ok(());
         }
         self.unshare(true).await?;
-        self.with_ingest(move |ingest| ingest.append(&bytes)).await?;
+        self.with_ingest(move |ingest| pieces.iter().try_for_each(|bytes| ingest.append(bytes))).await?;
         if let (Some(arriving), State::Writing(ingest)) = (&self.arriving, &self.state) {
             arriving.advance(ingest.offset);
         }
@@ -273,12 +296,16 @@ impl Writer {
     /// Makes an ingest of what another namespace has, with its bytes or without.
     async fn unshare(&mut self, keep: bool) -> Result<()> {
         let State::Shared { pin, size, .. } = &self.state else { return Ok(()) };
-        let (path, size) = (self.content.files.blob(&pin.digest), if keep { *size } else { 0 });
+        let (path, size) = (self.content.files.blob(&pin.digest), *size);
+        // whose bytes they are does not matter: the digest is the same
+        let from = if keep { Some(self.content.open_shared(&pin.digest, size).await?) } else { None };
         let State::Writing(mut ingest) = self.content.begin(&self.opening, &self.name).await? else { return Err(closed()) };
         let during = (self.content.gate.enter().await?, Arc::clone(&self.held));
         let copy = move || {
             ingest.truncate()?;
-            ingest.copy(&path, size)?;
+            if let Some(from) = from {
+                ingest.copy(from.file(), &path, size)?;
+            }
             drop(during);
             Ok::<_, Error>(ingest)
         };
@@ -306,14 +333,20 @@ impl Writer {
                 if expected.is_some_and(|expected| *expected != pin.digest) {
                     return Err(Error::Precondition(format!("{:?} unexpected digest", self.opening.reference)));
                 }
-                let _named = self.content.publishing.read().await;
-                let _pass = self.content.gate.enter().await?;
+                let content = Arc::clone(&self.content);
+                let named = content.publishing.read().await;
+                let pass = content.gate.enter().await?;
                 let (digest, lost) = (pin.digest.clone(), pin.digest.clone());
-                let files = Arc::clone(&self.content.files);
-                if self.content.pool.run(move || files.size(&lost)).await? != Some(has) {
-                    return Err(Error::DataLoss(format!("the file of content {digest} is gone, or has another length")));
+                let files = Arc::clone(&content.files);
+                if content.pool.run(move || files.size(&lost)).await? == Some(has) {
+                    self.record(&digest, has, labels, false).await?;
+                    return Ok(digest);
                 }
-                self.record(&digest, has, labels).await?;
+                drop((named, pass));
+                match &content.remote {
+                    Some(remote) => self.share_there(remote, &digest, has, labels).await?,
+                    None => return Err(Error::DataLoss(format!("the file of content {digest} is gone, or has another length"))),
+                }
                 Ok(digest)
             }
             State::Closed => Err(closed()),
@@ -358,8 +391,12 @@ impl Writer {
             return Err(wrong_size(&self.opening.reference, has, size));
         }
         drop(pass);
-        let named = Arc::clone(&self.content.publishing).read_owned().await;
-        let during = (named, self.content.gate.enter().await?, Arc::clone(&self.held));
+        let content = Arc::clone(&self.content);
+        if let Some(remote) = &content.remote {
+            return self.commit_there(remote, ingest, digest, labels).await;
+        }
+        let named = Arc::clone(&content.publishing).read_owned().await;
+        let during = (named, content.gate.enter().await?, Arc::clone(&self.held));
         // until there is a row it has none
         self.content.dereferenced([digest.clone()]);
         let (files, to) = (Arc::clone(&self.content.files), digest.clone());
@@ -369,23 +406,32 @@ impl Writer {
             // a client has aborted it
             return Err(Error::NotFound(Object::Ingest(self.opening.reference.clone())));
         }
-        let recorded = self.record(&digest, has, labels).await;
-        if let Some(arriving) = self.arriving.take()
-            && matches!(recorded, Ok(()) | Err(Error::AlreadyExists(_)))
-        {
-            arriving.whole(&digest);
+        let recorded = self.record(&digest, has, labels, false).await;
+        if matches!(recorded, Ok(()) | Err(Error::AlreadyExists(_))) {
+            self.committed(&digest);
         }
         recorded?;
         Ok(digest)
     }
 
-    /// Writes the row.
-    async fn record(&self, digest: &Digest, size: u64, labels: HashMap<String, String>) -> Result<()> {
+    /// Notes that its bytes are those of a blob with a row.
+    pub(super) fn committed(&mut self, digest: &Digest) {
+        if let Some(arriving) = self.arriving.take() {
+            arriving.whole(digest);
+        }
+    }
+
+    /// Writes the row. `is_remote` if the bytes are at the proxy.
+    pub(super) async fn record(&self, digest: &Digest, size: u64, labels: HashMap<String, String>, is_remote: bool) -> Result<()> {
         let (place, lease, id) = (self.opening.namespace.clone(), self.opening.lease.clone(), digest.clone());
         let now = Some(timestamp::now());
         let size = i64::try_from(size).unwrap_or(i64::MAX);
         let info = Info { digest: digest.to_string(), size, created_at: now, updated_at: now, labels };
+        let proxy = self.content.remote.as_ref().filter(|_| is_remote).map(|remote| Arc::clone(&remote.proxy.name));
         let write = move |db: &mut Meta<'_>| {
+            if let Some(proxy) = &proxy {
+                note(db, proxy, &id, &place)?;
+            }
             let is_there = blobs::get(db, place.as_str(), id.as_str())?.is_some();
             if !is_there {
                 namespaces::ensure(db, place.as_str())?;
@@ -399,7 +445,7 @@ impl Writer {
         if was_there { Err(already_exists(digest)) } else { Ok(()) }
     }
 
-    async fn drop_ingest(&self) -> Result<()> {
+    pub(super) async fn drop_ingest(&self) -> Result<()> {
         let (files, name) = (Arc::clone(&self.content.files), self.name.clone());
         self.content.pool.run(move || files.abort(&name)).await?.map(drop)
     }

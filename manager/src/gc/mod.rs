@@ -30,7 +30,7 @@ use crate::gate::Gate;
 use crate::mounts::Mounts;
 use crate::name::Namespace;
 use crate::settings::Collection;
-use crate::store::{Node, Store, Swept, garbage};
+use crate::store::{Meta, Node, Store, Swept, garbage};
 use crate::timestamp;
 
 /// What removes the files of snapshots.
@@ -130,12 +130,26 @@ impl Collector {
     async fn collect_now(&self, scan: Scan) -> Result<Duration> {
         let begin = Instant::now();
         let now = timestamp::to_nanos(&timestamp::now());
-        let marked = self.store.read_beside(move |db| garbage::mark(db, now)).await?;
-        let mut all = Swept::default();
-        for batch in marked.chunks(BATCH) {
-            let batch = batch.to_vec();
-            let _pass = self.gate.enter().await?;
-            let swept = self.store.sweep(move |db| garbage::sweep(db, now, &batch)).await?;
+        let marked: Arc<[Node]> = self.store.read_beside(move |db| garbage::mark(db, now)).await?.into();
+        let mut took = begin.elapsed();
+        let (mut all, mut most) = (Swept::default(), BATCH);
+        while all.seen < marked.len() {
+            let rows = async {
+                let begin = Instant::now();
+                let swept = self.sweep(now, &marked, all.seen, most).await;
+                took += begin.elapsed();
+                swept
+            };
+            // files of the previous rows go meanwhile; those that fail are looked at again below
+            let (swept, _files) = tokio::join!(rows, self.content.remove_unreferenced());
+            let swept = match swept {
+                // fewer take less of the disk
+                Err(error) if error.is_full() && most > FEW => {
+                    most = FEW;
+                    continue;
+                }
+                swept => swept?,
+            };
             for image in &swept.images {
                 self.publish(image);
             }
@@ -144,8 +158,8 @@ impl Collector {
             all.images.extend(swept.images);
             all.snapshots.extend(swept.snapshots);
             all.bytes = all.bytes.saturating_add(swept.bytes);
+            all.seen += swept.seen;
         }
-        let took = begin.elapsed();
         let (content, images, snapshots) = (all.content.len(), all.images.len(), all.snapshots.len());
         {
             let mut totals = self.totals_mut();
@@ -169,6 +183,18 @@ impl Collector {
         Ok(took)
     }
 
+    /// Removes the rows of those of the marked objects that still no root leads to, from one of them on: as many as other writes do not wait for.
+    async fn sweep(&self, now: i64, marked: &Arc<[Node]>, from: usize, most: usize) -> Result<Swept> {
+        let (marked, store) = (Arc::clone(marked), self.store.clone());
+        let _pass = self.gate.enter().await?;
+        let sweep = move |db: &mut Meta<'_>| {
+            let begin = Instant::now();
+            let is_enough = |count| count >= most || begin.elapsed() >= SHORT && store.has_waiting_writes();
+            garbage::sweep(db, now, &marked[from..], &is_enough)
+        };
+        self.store.sweep(sweep).await
+    }
+
     fn publish(&self, image: &Node) {
         match Namespace::parse(&image.namespace) {
             Ok(namespace) => self.events.publish(&namespace, "/images/delete", &ImageDelete { name: image.id.clone() }),
@@ -177,5 +203,10 @@ impl Collector {
     }
 }
 
-/// Objects that are removed in one transaction, for which other writes wait.
-const BATCH: usize = 128;
+/// Objects that are removed in one transaction: rows are spread over the store by the digests of blobs, and each transaction writes every page that
+/// it changes once.
+const BATCH: usize = 2048;
+/// The same when the disk is nearly full.
+const FEW: usize = 128;
+/// For that long other writes wait for the next commit: as long as for the disk.
+const SHORT: Duration = Duration::from_millis(10);

@@ -291,7 +291,7 @@ async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_
         let before = model.clone();
         (dice, model) = calls(dice, model, count).await;
         let dead = model.dead();
-        let gone = swept(store.sweep(move |db| garbage::sweep(db, now, &marked)).await.expect("a sweep"));
+        let gone = swept(store.sweep(move |db| garbage::sweep(db, now, &marked, &|_| false)).await.expect("a sweep"));
         let lost: Vec<_> = gone.difference(&dead).collect();
         assert!(lost.is_empty(), "round {round}: {lost:?} lost, {model:#?}");
         let kept: Vec<_> = before.dead().intersection(&dead).filter(|name| !gone.contains(*name)).cloned().collect();
@@ -316,7 +316,7 @@ async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_
             .expect("read");
         let nodes: Vec<_> = everything.into_iter().map(|(kind, id)| Node { namespace: NAMESPACE.to_owned(), kind, id }).collect();
         let dead = model.dead();
-        let gone = swept(store.sweep(move |db| garbage::sweep(db, now, &nodes)).await.expect("a sweep"));
+        let gone = swept(store.sweep(move |db| garbage::sweep(db, now, &nodes, &|_| false)).await.expect("a sweep"));
         assert_eq!(gone, dead, "round {round}: swept, {model:#?}");
         removed += gone.len();
         model.objects.retain(|name, _| !gone.contains(name));
@@ -324,6 +324,74 @@ async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_
     println!("{removed} objects were removed, {} are left", model.objects.len());
     assert!(removed > ROUNDS / 2, "{removed}");
     drop(store);
+}
+
+#[tokio::test]
+async fn a_sweep_that_has_enough_goes_on_where_it_stopped_and_loses_nothing_that_is_held_meanwhile() {
+    let folder = scratch::Folder::new("gc-steps");
+    let store = Store::new(&folder);
+    let written = store.write(|db| {
+        namespaces::ensure(db, NAMESPACE)?;
+        let mut parent = None;
+        for number in 0..CHAIN {
+            let place = place();
+            snapshots::insert(db, &place, &number.to_string(), parent, Kind::Committed, &HashMap::new())?;
+            parent = snapshots::get(db, &place, &number.to_string())?.map(|found| found.id);
+            blobs::put(db, NAMESPACE, &number.to_string(), &Info { digest: number.to_string(), ..Info::default() })?;
+        }
+        Ok(())
+    });
+    written.await.expect("room");
+    let now = crate::timestamp::to_nanos(&crate::timestamp::now());
+    let marked = store.read_beside(move |db| garbage::mark(db, now)).await.expect("marks");
+    assert_eq!(marked.len(), 2 * CHAIN);
+    // from here on a snapshot in the middle is held, and those below it with it
+    let (mut seen, mut gone, held) = (0, BTreeSet::new(), CHAIN / 2);
+    while seen < marked.len() {
+        let rest = marked[seen..].to_vec();
+        let some = store.sweep(move |db| garbage::sweep(db, now, &rest, &|count| count > 40)).await.expect("a sweep");
+        assert!(some.seen > 40 && some.seen < CHAIN || seen + some.seen == marked.len(), "{}", some.seen);
+        if seen == 0 {
+            let resource = Resource { kind: SNAPSHOTS.to_owned(), id: held.to_string() };
+            let hold = move |db: &mut Meta<'_>| {
+                put_lease(db, "l", &Holder::default())?;
+                resources::add(db, NAMESPACE, "l", &resource)
+            };
+            store.write(hold).await.expect("room");
+        }
+        seen += some.seen;
+        gone.extend(swept(some));
+    }
+    let blobs = (0..CHAIN).map(|number| (CONTENT.to_owned(), number.to_string()));
+    let above = (held + 1..CHAIN).map(|number| (SNAPSHOTS.to_owned(), number.to_string()));
+    assert_eq!(gone, blobs.chain(above).collect());
+    let left = store.read(|db| snapshots::all(db, "overlayfs")).await.expect("read");
+    assert_eq!(left.len(), held + 1);
+}
+
+#[tokio::test]
+async fn a_sweep_finds_out_that_a_write_waits_for_it() {
+    let folder = scratch::Folder::new("gc-waits");
+    let store = Store::new(&folder);
+    let (begun, begins) = tokio::sync::oneshot::channel();
+    let (begun, of_the_job) = (std::sync::Mutex::new(Some(begun)), store.clone());
+    let sweep = store.sweep(move |_db| {
+        let is_alone = !of_the_job.has_waiting_writes();
+        if let Some(begun) = begun.lock().expect("no panic").take() {
+            begun.send(()).expect("the test waits");
+        }
+        while !of_the_job.has_waiting_writes() {
+            std::thread::yield_now();
+        }
+        Ok(is_alone)
+    });
+    let write = async {
+        begins.await.expect("it begins");
+        store.write(|db| namespaces::ensure(db, NAMESPACE)).await
+    };
+    let (is_alone, written) = tokio::join!(sweep, write);
+    assert!(is_alone.expect("a sweep") && written.is_ok());
+    assert!(!store.has_waiting_writes());
 }
 
 #[tokio::test]
@@ -370,6 +438,8 @@ const CONDITION: &str = "containerd.io/gc.cond.snapshot";
 const USED: &str = "containerd.io/gc.cond.value-usedat";
 const EXPIRE: &str = "containerd.io/gc.expire";
 const PAST: &str = "2001-02-03T04:05:06Z";
+/// Several steps of a sweep.
+const CHAIN: usize = 150;
 /// So few that they often refer to each other.
 const COUNT: u64 = 8;
 /// Each waits for the disk a few times.

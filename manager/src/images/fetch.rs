@@ -189,31 +189,28 @@ impl Fetching {
             *place = self.transfers.downloads.acquire().await.ok();
         }
         let mut blob = self.registry.fetch(&part.to_registry(), offset).await?;
-        let (send, chunks) = mpsc::channel::<Bytes>(CHUNKS);
+        let (send, pieces) = mpsc::channel::<Bytes>(PIECES);
         let receive = async {
             let send = send;
-            let mut buffer = Vec::with_capacity(CHUNK_BYTES);
             while let Some(bytes) = blob.next().await? {
-                buffer.extend_from_slice(&bytes);
-                if buffer.len() >= CHUNK_BYTES {
-                    let full = std::mem::replace(&mut buffer, Vec::with_capacity(CHUNK_BYTES));
-                    if send.send(full.into()).await.is_err() {
-                        return Ok(());
-                    }
+                // the writer's error is reported
+                if send.send(bytes).await.is_err() {
+                    break;
                 }
             }
-            // the writer's error is reported
-            let _ = send.send(buffer.into()).await;
             Ok::<_, Error>(())
         };
         let write = async {
-            let (mut chunks, mut offset) = (chunks, offset);
-            while let Some(chunk) = chunks.recv().await {
-                offset += chunk.len() as u64;
-                writer.write(chunk).await?;
+            let (mut pieces, mut offset) = (pieces, offset);
+            loop {
+                let mut come = Vec::with_capacity(PIECES);
+                if pieces.recv_many(&mut come, PIECES).await == 0 {
+                    return Ok::<_, Error>(());
+                }
+                offset += come.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
+                writer.write_all(come).await?;
                 self.progress.part(word::DOWNLOADING, part, offset);
             }
-            Ok::<_, Error>(())
         };
         // both to their ends: what has come is kept
         let (received, written) = tokio::join!(receive, write);
@@ -259,8 +256,8 @@ impl Descriptor {
 
 /// With what an earlier pull has left, or from a host that sends something else; and anew.
 const ATTEMPTS: usize = 2;
-const CHUNKS: usize = 4;
-const CHUNK_BYTES: usize = 256 << 10;
+/// Of a download, as long as a connection's buffer at most: they wait for the disk, as many again are being written.
+const PIECES: usize = 8;
 /// In seconds: a client that writes the same reference fetches it, too.
 const PATIENCE: usize = 60;
 /// The same where there is no other source.

@@ -34,6 +34,8 @@ pub(crate) struct Swept {
     pub(crate) snapshots: Vec<(Node, i64)>,
     /// What these use, as far as it was recorded.
     pub(crate) bytes: i64,
+    /// How many of the marked objects were looked at, from the first on.
+    pub(crate) seen: usize,
 }
 
 /// Everything that no root leads to at the moment `now`, in an order in which it can be removed.
@@ -98,42 +100,56 @@ fn node(row: &rusqlite::Row<'_>) -> rusqlite::Result<Node> {
     Ok(Node { namespace: row.get(0)?, kind: row.get(1)?, id: row.get(2)? })
 }
 
-/// Removes those of the marked objects that still no root leads to.
-pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node]) -> Result<Swept> {
+/// Removes those of the marked objects that still no root leads to, in their order, until it is enough after so many of them: at least a few.
+pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node], is_enough: &dyn Fn(usize) -> bool) -> Result<Swept> {
     let mut swept = Swept::default();
     let conditions = conditions::satisfied(db, now)?;
-    let mut check = Check { db, now, dead: HashSet::new(), flat: HashMap::new(), conditions };
-    let mut doomed = Vec::new();
-    for node in marked {
-        if !check.is_live(node)? {
-            doomed.push(node);
+    let (mut dead, mut flat) = (HashSet::new(), HashMap::new());
+    for some in marked.chunks(STEP) {
+        let mut check = Check { db, now, dead, flat, conditions: &conditions };
+        let mut doomed = Vec::new();
+        for node in some {
+            if !check.is_live(node)? {
+                doomed.push(node);
+            }
         }
-    }
-    for node in doomed {
-        let (namespace, id) = (node.namespace.as_str(), node.id.as_str());
-        match node.kind.strip_prefix(SNAPSHOTS) {
-            Some(snapshotter) => {
-                let place = snapshots::Place { namespace: namespace.to_owned(), snapshotter: snapshotter.to_owned() };
-                let Some(found) = snapshots::get(db, &place, id)? else { continue };
-                // a child that is younger than the marks goes first, next time
-                if !snapshots::has_children(db, found.id)? && snapshots::remove(db, found.id)? {
-                    swept.snapshots.push((node.clone(), found.id));
-                    swept.bytes += found.usage.map_or(0, |usage| usage.bytes);
-                }
-            }
-            None if node.kind == IMAGES => {
-                if images::remove(db, namespace, id)? {
-                    swept.images.push(node.clone());
-                }
-            }
-            None => {
-                if blobs::remove(db, namespace, id)? {
-                    swept.content.push(node.clone());
-                }
-            }
+        (dead, flat) = (check.dead, check.flat);
+        // no root leads to any of them: what leads to the next ones is the same without them
+        for node in doomed {
+            remove(db, node, &mut swept)?;
+        }
+        swept.seen += some.len();
+        if is_enough(swept.seen) {
+            break;
         }
     }
     Ok(swept)
+}
+
+fn remove(db: &mut Meta<'_>, node: &Node, swept: &mut Swept) -> Result<()> {
+    let (namespace, id) = (node.namespace.as_str(), node.id.as_str());
+    match node.kind.strip_prefix(SNAPSHOTS) {
+        Some(snapshotter) => {
+            let place = snapshots::Place { namespace: namespace.to_owned(), snapshotter: snapshotter.to_owned() };
+            let Some(found) = snapshots::get(db, &place, id)? else { return Ok(()) };
+            // a child that is younger than the marks goes first, next time
+            if !snapshots::has_children(db, found.id)? && snapshots::remove(db, found.id)? {
+                swept.snapshots.push((node.clone(), found.id));
+                swept.bytes += found.usage.map_or(0, |usage| usage.bytes);
+            }
+        }
+        None if node.kind == IMAGES => {
+            if images::remove(db, namespace, id)? {
+                swept.images.push(node.clone());
+            }
+        }
+        None => {
+            if blobs::remove(db, namespace, id)? {
+                swept.content.push(node.clone());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether something holds mounts that were made for a client: a lease, or what their labels name.
@@ -167,7 +183,7 @@ struct Check<'c, 't> {
     /// What is known of leases: whether they are live, and flat.
     flat: HashMap<(String, String), (bool, bool)>,
     /// References whose condition is true.
-    conditions: Vec<Conditional>,
+    conditions: &'c [Conditional],
 }
 
 impl Check<'_, '_> {
@@ -200,8 +216,9 @@ impl Check<'_, '_> {
 
     /// Whether a root has an edge to it. Others that have one are put on the list.
     fn is_held(&mut self, node: &Node, through_labels: bool, next: &mut Vec<(Node, bool)>) -> Result<bool> {
+        // without a look for those that are in both
         let sql = "SELECT from_type, from_id FROM edges WHERE namespace = ? AND to_type = ? AND to_id = ?
-            UNION SELECT to_type, to_id FROM back_edges WHERE namespace = ? AND from_type = ? AND from_id = ?";
+            UNION ALL SELECT to_type, to_id FROM back_edges WHERE namespace = ? AND from_type = ? AND from_id = ?";
         let mut select = self.db.0.prepare_cached(sql).doing("prepare")?;
         let parameters = [&node.namespace, &node.kind, &node.id, &node.namespace, &node.kind, &node.id];
         let from = select.query_map(parameters, |row| Ok((row.get(0)?, row.get(1)?))).doing("check")?;
@@ -267,6 +284,8 @@ impl Check<'_, '_> {
 
 /// References under a condition, one behind the other: each takes all marks once more.
 pub(crate) const MOST_ROUNDS: usize = 16;
+/// Objects that are looked at, and then removed, before it is asked whether that is enough.
+const STEP: usize = 32;
 const IMAGES: &str = "images";
 const SNAPSHOTS: &str = "snapshots/";
 

@@ -22,6 +22,7 @@ mod objects;
 mod processes;
 pub(crate) mod proxied;
 mod queue;
+pub(crate) mod remote;
 mod reserve;
 mod schema;
 pub(crate) mod snapshots;
@@ -97,6 +98,8 @@ impl Store {
         let meta = open_file(&files.meta, &schema::META)?;
         let notes = open_file(&files.notes, &schema::NOTES)?;
         notes.pragma_update(None, "synchronous", "OFF").on_store(&files.notes, "set up")?;
+        // a large transaction would write a page again and again otherwise; afterwards the memory is free
+        meta.pragma_update(None, "cache_spill", SPILL_PAGES).on_store(&files.meta, "set up")?;
         // from here on the WAL is checkpointed between jobs, when no caller waits for it
         meta.pragma_update(None, "wal_autocheckpoint", 0).on_store(&files.meta, "set up")?;
         leave_mark(&meta);
@@ -132,6 +135,11 @@ impl Store {
             look(&mut connection, |db| job(&Meta(db))).map_err(|error| named(error, &path))
         };
         tokio::task::spawn_blocking(read).await.map_err(|source| Error::Panicked { what: "a long read", source })?
+    }
+
+    /// Whether a write waits for another to end.
+    pub(crate) fn has_waiting_writes(&self) -> bool {
+        self.writer.load().waiting > 0
     }
 
     /// Makes a change that survives everything but the loss of the disk.
@@ -301,7 +309,7 @@ fn durably<T>(connection: &mut Connection, job: impl FnOnce(&mut Meta<'_>) -> Re
 /// beside the store, so that the read would wait for a slow disk.
 fn leave_mark(connection: &Connection) {
     // if it fails, the reader sets one
-    let _ = connection.query_row("SELECT count(*) FROM facts", [], |_| Ok(()));
+    let _ = connection.query_row("SELECT EXISTS (SELECT 1 FROM facts)", [], |_| Ok(()));
 }
 
 fn is_full<T>(result: &Result<T>) -> bool {
@@ -342,6 +350,8 @@ fn named(error: Error, path: &Path) -> Error {
     }
 }
 
+/// Pages that one transaction may change before any are written to the WAL: 4 MiB.
+const SPILL_PAGES: i64 = 1024;
 /// A longer WAL is checkpointed.
 const LOG_BYTES: u64 = 1 << 20;
 

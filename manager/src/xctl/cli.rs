@@ -18,7 +18,7 @@ use crate::{
 #[derive(Debug, Parser)]
 #[command(name = "xctl", version, propagate_version = true, about = "Run and look after containers on x-manager or containerd")]
 #[command(
-    after_help = "Errors of xctl itself have the exit status 1, or 125 where the status is the container's; those of the command line 2."
+    after_help = "Errors of xctl itself have the exit status 1, or 125 where the status is the container's (127: its program is not there; 126: it cannot be executed); those of the command line 2."
 )]
 pub(crate) struct Line {
     #[command(flatten)]

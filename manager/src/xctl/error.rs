@@ -127,6 +127,20 @@ impl Error {
         text
     }
 
+    /// The shells' status for a program that is not there (127) or cannot be executed (126), as Docker has it too. Only the text of an OCI runtime says that.
+    pub(crate) fn status_of_program(&self) -> Option<u8> {
+        let Self::Call { status, .. } = self else { return None };
+        let text = status.message().to_lowercase();
+        if !["exec: \"", "executable "].iter().any(|start| text.contains(start)) {
+            return None;
+        }
+        if text.contains("not found") || text.contains("no such file or directory") {
+            Some(NOT_FOUND)
+        } else {
+            ["permission denied", "is a directory", "exec format error"].iter().any(|why| text.contains(why)).then_some(NOT_EXECUTABLE)
+        }
+    }
+
     /// What to do about it, where that is known.
     pub(crate) fn hint(&self) -> Option<String> {
         match self {
@@ -152,6 +166,9 @@ impl Error {
     }
 }
 
+const NOT_EXECUTABLE: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
 /// Adds what was tried, and on what.
 pub(crate) trait IoContext<T> {
     /// To an error of the kernel.
@@ -174,6 +191,18 @@ mod tests {
         assert!(!call(Status::unknown("it failed")).is_lost());
         assert!(call(Status::unavailable("retry")).is_lost());
         assert!(call(Status::from_error(Box::new(io::Error::other("reset")))).is_lost());
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_executed_has_the_status_that_shells_have() {
+        let status = |text: &str| Error::Call { doing: "start x".to_owned(), status: Status::unknown(text) }.status_of_program();
+        assert_eq!(status("runc create failed: exec: \"no\": executable file not found in $PATH"), Some(127));
+        assert_eq!(status("exec: \"/no\": stat /no: no such file or directory"), Some(127));
+        assert_eq!(status("executable file `no` not found in $PATH: No such file or directory"), Some(127));
+        assert_eq!(status("exec: \"/etc\": is a directory"), Some(126));
+        assert_eq!(status("exec: \"/no-x\": permission denied"), Some(126));
+        assert_eq!(status("open /x/config.json: no such file or directory"), None);
+        assert_eq!(status("mount \"/x\": permission denied"), None);
     }
 
     #[test]

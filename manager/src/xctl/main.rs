@@ -50,7 +50,8 @@ mod users;
 fn main() -> ExitCode {
     let line = cli::parse();
     // The status of a container's process is the status of `run`, so failures of xctl itself have one that few programs use.
-    let failed = if line.command.has_status_of_process() { EXIT_FAILED_BEFORE_PROCESS } else { EXIT_FAILED };
+    let is_of_process = line.command.has_status_of_process();
+    let failed = if is_of_process { EXIT_FAILED_BEFORE_PROCESS } else { EXIT_FAILED };
     let executor = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(executor) => executor,
         Err(error) => {
@@ -65,7 +66,7 @@ fn main() -> ExitCode {
             if let Some(hint) = error.hint() {
                 eprintln!("  {hint}");
             }
-            failed
+            error.status_of_program().filter(|_| is_of_process).unwrap_or(failed)
         }
     };
     // a thread may be blocked in a read of standard input: it is not waited for

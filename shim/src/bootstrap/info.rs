@@ -9,7 +9,8 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
-use super::{Error, helper, start};
+use super::input::Input;
+use super::{Error, helper};
 use crate::commands::revision;
 use crate::engine::{CommandEngine, NATIVE, Verb};
 use crate::options::RuntimeOptions;
@@ -30,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// Errors: options that cannot be decoded; no engine. An engine without a `features` command is described without them.
 pub(crate) fn info() -> Result<(), Error> {
-    let input = start::read_input()?;
+    let input = Input::of_client()?;
     let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
     let read = RuntimeOptions::blocking_read(options.as_ref())?;
     let (features, runtime, reason) = match read.binary_name.as_deref() {

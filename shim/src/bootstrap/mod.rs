@@ -13,6 +13,7 @@
 //! reads both as one.
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::{control, run_dir};
 
@@ -22,6 +23,7 @@ pub(crate) mod dialect;
 mod group;
 mod helper;
 mod info;
+mod input;
 mod manual_cleanup;
 mod native_cleanup;
 mod placement;
@@ -40,6 +42,8 @@ pub(crate) enum Error {
     Io { op: &'static str, path: PathBuf, source: io::Error },
     #[error("read standard input")]
     Stdin { source: io::Error },
+    #[error("standard input was not closed within {} s: the client of this command has stopped, or keeps it open", within.as_secs())]
+    OpenStdin { within: Duration },
     #[error("write the answer to standard output")]
     Stdout { source: io::Error },
     #[error("{what} is longer than {limit_bytes} bytes")]

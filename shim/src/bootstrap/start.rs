@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!  lock, join or bind ─▶ read the input ─▶ another place? again ─▶ keeper ─▶ unlock, answer
+//!                                    └ late? unlock, read on, again
 //! ```
 //!
 //! **Invariant:** when `start` answers, both sockets listen, and the keeper has no descriptor of this process.
@@ -11,7 +12,7 @@ use std::cell::OnceCell;
 use std::env;
 use std::ffi::{CString, OsStr};
 use std::fs;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use nix::libc;
 use nix::sys::stat::Mode;
 
 use super::dialect::{Dialect, Question};
+use super::input::Input;
 use super::socket::{Lock, Sockets};
 use super::{Error, group, placement};
 use crate::control;
@@ -35,11 +37,10 @@ use crate::settings::Settings;
 use crate::sys::{self, spawn::Command};
 use crate::whole_file::blocking_replace;
 
-/// The longest standard input that is read, in bytes.
-const MAX_INPUT_BYTES: u64 = 4 << 20;
-
 /// How long a `start` waits for another of the same group, and for the group's keeper.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a `start` that waits for its input makes others of the group wait: less than their patience.
+const HELD_FOR: Duration = Duration::from_millis(200);
 
 /// Variables that the keeper inherits, and the runtimes from it. The daemon's others may hold secrets, or tune Go programs.
 const VARIABLES: [&str; 5] = ["HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"];
@@ -47,7 +48,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// Starts a shim, or joins the group's, and prints its address for containerd.
 pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
-    let deadline = Instant::now() + PATIENCE;
+    let mut deadline = Instant::now() + PATIENCE;
     let bundle = bundle_of(flags)?;
     let is_pod = is_of_pod(&bundle);
     let group = if is_pod { None } else { group::of_bundle(&bundle)? };
@@ -58,7 +59,15 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
         let place = shim.place(daemon, None).ok()?;
         shim.begin(place, &program, deadline).ok()
     });
-    let question = Question::parse(&read_input()?, flags);
+    let mut input = Input::default();
+    let is_whole = input.read(io::stdin(), Instant::now() + HELD_FOR)?;
+    // A client that writes late, or never, delays no other `start` of the group: what was begun for it is dropped, and begun again.
+    let ahead = ahead.filter(|_| is_whole);
+    if !is_whole {
+        input.read_all()?;
+        deadline = Instant::now() + PATIENCE;
+    }
+    let question = Question::parse(&input.bytes, flags);
     let daemon = question.grpc_address.as_deref().unwrap_or(&flags.address);
     let place = shim.place(daemon, question.socket_dir.as_deref())?;
     let Begun { found, place, lock } = match ahead.filter(|begun| begun.place == place) {
@@ -282,19 +291,6 @@ fn address_of(snapshot: &Snapshot, place: &Place) -> String {
         Settings::from_arguments(&arguments[..flags]).ok().map(|settings| settings.shim_address)
     };
     recorded().unwrap_or_else(|| format!("unix://{}", place.socket.display()))
-}
-
-/// Reads containerd's input; nothing from a terminal, where an operator has typed the command.
-pub(super) fn read_input() -> Result<Vec<u8>, Error> {
-    let stdin = io::stdin();
-    let mut input = Vec::new();
-    if !stdin.is_terminal() {
-        stdin.lock().take(MAX_INPUT_BYTES + 1).read_to_end(&mut input).map_err(|source| Error::Stdin { source })?;
-    }
-    if input.len() as u64 > MAX_INPUT_BYTES {
-        return Err(Error::TooLong { what: "standard input".to_owned(), limit_bytes: MAX_INPUT_BYTES });
-    }
-    Ok(input)
 }
 
 pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {

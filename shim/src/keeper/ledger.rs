@@ -129,10 +129,13 @@ pub(crate) struct Ledger {
     expiring: Option<BTreeMap<String, Instant>>,
     /// How long the keeper stays for its clients once it may exit.
     linger_millis: Option<u32>,
+    /// After how many seconds without a request each of `expiring` does.
+    expire_after: Option<BTreeMap<String, u32>>,
 }
 
 saved!(Ledger {
-    last_cause, causes, ready_due, naming, state, parked, ready, reservations, exit_allowed, expiring, linger_millis; exits, unsent, questions
+    last_cause, causes, ready_due, naming, state, parked, ready, reservations, exit_allowed, expiring, linger_millis, expire_after;
+    exits, unsent, questions
 });
 
 impl Ledger {
@@ -280,6 +283,9 @@ impl Ledger {
             if let Some(expiring) = &mut self.expiring {
                 expiring.remove(&key);
             }
+            if let Some(after) = &mut self.expire_after {
+                after.remove(&key);
+            }
             match value {
                 Some(value) => {
                     self.reservations.remove(&key);
@@ -305,6 +311,7 @@ impl Ledger {
         }
         for (key, seconds) in std::mem::take(&mut commit.expiring) {
             if self.state.contains_key(&key) {
+                self.expire_after.get_or_insert_default().insert(key.clone(), seconds);
                 self.expiring.get_or_insert_default().insert(key, now + Duration::from_secs(seconds.into()));
             }
         }
@@ -436,6 +443,16 @@ impl Ledger {
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<String> {
         self.reservations.retain(|_, until| *until > now);
         self.expiring.iter_mut().flat_map(|expiring| expiring.extract_if(.., |_, until| *until <= now)).map(|(key, _)| key).collect()
+    }
+
+    /// A client has connected, or has sent a request: it has not forgotten what would expire.
+    pub(crate) fn postpone_expiry(&mut self, now: Instant) {
+        for (key, at) in self.expiring.iter_mut().flatten() {
+            // not of those that a keeper without this has left
+            if let Some(seconds) = self.expire_after.as_ref().and_then(|after| after.get(key)) {
+                *at = now + Duration::from_secs((*seconds).into());
+            }
+        }
     }
 
     /// How long the keeper stays for its clients once it may exit.

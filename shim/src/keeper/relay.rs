@@ -241,6 +241,11 @@ impl Relay {
         self.clients.len()
     }
 
+    /// Whether a client has sent the begin of a request, and not yet its end.
+    pub(crate) fn is_receiving(&self) -> bool {
+        self.clients.values().any(|client| !client.input.bytes().is_empty())
+    }
+
     /// Whether every answer was written.
     pub(crate) fn is_flushed(&self) -> bool {
         self.clients.values().all(|client| client.output.is_empty())

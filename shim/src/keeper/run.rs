@@ -40,6 +40,16 @@ const UNUSED_FOR: Duration = Duration::from_secs(10);
 /// While the worker has more than this unread, the keeper does not read from clients with many unanswered bytes.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 
+/// Whether the keeper exits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leave {
+    No,
+    /// If nothing more has arrived.
+    Idle,
+    /// At once.
+    Overdue,
+}
+
 /// All parts of the keeper, and the state of the loop.
 struct Keeper {
     settings: Settings,
@@ -115,11 +125,17 @@ impl Keeper {
         // after a re-exec, timers may have become due meanwhile
         let mut ticked = self.tick();
         loop {
-            if self.may_exit() {
+            let leave = self.may_exit();
+            // What has arrived is answered first: a client would take the end of its connection for a failure of the call.
+            let sources = match leave {
+                Leave::No => self.poll.wait(self.deadline(ticked))?,
+                Leave::Idle => self.poll.wait(Some(ticked))?,
+                Leave::Overdue => Vec::new(),
+            };
+            if leave != Leave::No && sources.is_empty() {
                 self.exit();
                 return Ok(());
             }
-            let sources = self.poll.wait(self.deadline(ticked))?;
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
                 // Not postponed by later activity: frequent polling would keep the shim from ever returning memory.
@@ -246,7 +262,7 @@ impl Keeper {
         }
     }
 
-    fn may_exit(&mut self) -> bool {
+    fn may_exit(&mut self) -> Leave {
         let now = Instant::now();
         let is_unused = self.ledger.is_unused() && self.relay.count() == 0;
         self.timers.unused_since = is_unused.then(|| self.timers.unused_since.unwrap_or(now));
@@ -260,7 +276,7 @@ impl Keeper {
             false if self.ledger.may_exit(self.supervisor.is_failing()) => EXIT_WITHIN,
             false => {
                 (self.timers.exit_by, self.timers.linger_until) = (None, None);
-                return false;
+                return Leave::No;
             }
         };
         // A client that is still connected would take the end of the connection for a failure of its last call.
@@ -270,7 +286,12 @@ impl Keeper {
         self.timers.exit_by = Some(by);
         // At shutdown no client may call Delete; only exits are pending, and they must reach the clients.
         let is_idle = if is_shut_down { self.streams.all_is_read() && !self.ledger.is_busy() } else { self.streams.is_drained() };
-        by <= now || (is_alone && is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())
+        let is_quiet = self.relay.is_flushed() && self.control.is_flushed() && !self.relay.is_receiving();
+        match is_alone && is_idle && is_quiet && self.publisher.len() == 0 {
+            _ if by <= now => Leave::Overdue,
+            true => Leave::Idle,
+            false => Leave::No,
+        }
     }
 
     fn exit(&mut self) {

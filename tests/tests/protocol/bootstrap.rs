@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
+use std::process::Stdio;
 use std::{fs, io};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -10,7 +11,7 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message as _;
 use shim_tests::bundle::{self, Bundle};
 use shim_tests::cgroups::Version;
-use shim_tests::eventually::SOON;
+use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
 use shim_tests::suite::{Runtime, Suite};
@@ -102,7 +103,7 @@ pub(crate) async fn a_container_has_three_descriptors_and_none_is_a_file_of_the_
     let exec = container.task.start("c1", "e").await?;
     for pid in [container.pid, exec] {
         let pid = pid.cast_signed();
-        shim_tests::eventually::eventually("it is the program itself", SOON, async || {
+        eventually("it is the program itself", SOON, async || {
             ensure!(shim_tests::proc::Process::read(pid)?.command == "sleep 1000");
             Ok(())
         })
@@ -159,6 +160,35 @@ pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) 
     ensure!(same + new == 59, "{same} joined, {new} started a new shim");
     last.finish().await?;
     bundle::leave(&last.task, last.shim_pid()?, "c").await
+}
+
+/// Its client was stopped, or keeps the pipe open by mistake. Closed at last, the `start` joins the shim that the other one has started.
+pub(crate) async fn a_start_whose_input_stays_open_does_not_keep_another_of_its_group_waiting(stand: Stand) -> Result<()> {
+    let silent = stand.bundle("c1", &["true"]).group("pod");
+    silent.write()?;
+    stand.read_log_of("c1", &silent.folder.join("log"))?;
+    let mut command = silent.command("start", &[]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let mut start = command.spawn()?;
+    let stdin = start.stdin.take().context("it was asked for")?;
+    let pid = start.id().context("it has ended")?.cast_signed();
+    // it has prepared: nothing before makes it sleep for long
+    eventually("it waits for its input", SOON, async || {
+        let waits_for = fs::read_to_string(format!("/proc/{pid}/wchan"))?;
+        ensure!(waits_for.contains("poll") || waits_for.contains("pipe"), "in {waits_for:?}");
+        Ok(())
+    })
+    .await?;
+    let other = stand.instant("c2", &["true"]).group("pod").run().await?;
+    drop(stdin);
+    let output = within("the first start", SOON, bundle::output_of(&mut start)).await??;
+    ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    ensure!(bundle::read_address(&output.stdout)? == other.task.socket() && silent.shim_pid()? == other.shim_pid()?, "{output:?}");
+    let mut members = [silent.create_in(&other.task).await?, other];
+    for member in &mut members {
+        member.destroy().await?;
+    }
+    bundle::leave(&members[0].task, members[0].shim_pid()?, "c").await
 }
 
 /// crun refuses a host with cgroup v1 and controllers on a v2 hierarchy beside it, with any options. The hosts here are mount

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use containerd_shim_protos::sandbox_api::{CreateSandboxRequest, StopSandboxRequest};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
@@ -14,9 +14,10 @@ use shim_tests::bundle::{leave, worker_of};
 use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc::{self, Process, signal, stat};
-use shim_tests::sandbox::{NOT_READY, POD, PodConfig, Profile, READY, Sandbox, Selinux, namespace_of};
+use shim_tests::runner::skip;
+use shim_tests::sandbox::{self, NOT_READY, POD, PodConfig, Profile, READY, Sandbox, Selinux, namespace_of};
 use shim_tests::stand::Stand;
-use shim_tests::ttrpc::{Answer, CallError, Code, refusal};
+use shim_tests::ttrpc::{Answer, CallError, Code, Frame, Wire, refusal};
 use tokio::task::JoinHandle;
 
 /// Kills the worker of a sandbox's shim, and waits until it is dead.
@@ -350,4 +351,46 @@ pub(crate) async fn a_sandbox_that_is_never_started_expires(stand: Stand) -> Res
     eventually_true("the third shim has exited", SOON, || !proc::is_alive(shim)).await?;
     ensure!(started.service.status("s2").await?.state == READY, "it has expired, too");
     started.end().await
+}
+
+/// Its client may be about to remove it: a containerd that was restarted, and has met it among its pods.
+pub(crate) async fn a_sandbox_that_is_never_started_does_not_expire_while_a_client_asks_about_it(stand: Stand) -> Result<()> {
+    const EXPIRES_AFTER: Duration = Duration::from_secs(2);
+    let sandbox = Sandbox::shim_of(stand.bundle("s1", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "2")).await?;
+    sandbox.create().await?;
+    let shim = sandbox.bundle.shim_pid()?;
+    let (begin, mut asked) = (Instant::now(), Instant::now());
+    while begin.elapsed() < EXPIRES_AFTER * 2 {
+        tokio::time::sleep(Duration::from_millis(20)).await; // a client's pause
+        if sandbox.service.status("s1").await.is_err() {
+            ensure!(asked.elapsed() >= EXPIRES_AFTER / 2, "it has expired {:?} after the last call", asked.elapsed());
+            return skip("this machine is too busy: no call for a second");
+        }
+        asked = Instant::now();
+    }
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
+    ensure!(asked.elapsed() >= EXPIRES_AFTER, "it has expired {:?} after the last call", asked.elapsed());
+    sandbox.bundle.delete_command().await.map(drop)
+}
+
+pub(crate) async fn a_request_that_has_half_arrived_when_its_sandbox_expires_is_answered(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::shim_of(stand.bundle("s1", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    sandbox.create().await?;
+    let shim = sandbox.bundle.shim_pid()?;
+    let mut wire = Wire::connect(sandbox.task.socket()).await?;
+    let request = StopSandboxRequest { sandbox_id: "s1".to_owned(), ..Default::default() };
+    let frame = Frame::request(1, sandbox::SERVICE, "StopSandbox", &request).encode();
+    let (begin, end) = frame.split_at(frame.len() / 2);
+    wire.send(begin).await?;
+    eventually("it has expired", SOON, async || {
+        let log = stand.log_of("s1");
+        ensure!(log.contains("has expired"), "{log}");
+        Ok(())
+    })
+    .await?;
+    wire.send(end).await?;
+    let answer = wire.answer(1).await?;
+    ensure!(answer.as_ref().is_ok() || answer.as_ref().is_err_and(|error| error.code() == Some(Code::NotFound)), "{answer:?}");
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
+    sandbox.bundle.delete_command().await.map(drop)
 }

@@ -122,7 +122,7 @@ pub(crate) async fn a_program_that_is_missing_leaves_nothing(cx: Context) -> Res
     let xctl = Xctl::new(&cx)?;
     for detach in [&[][..], &["--detach"]] {
         let output = xctl.run(&[&["--name", "nothing"], detach].concat(), &["/no/such/program"])?;
-        let status = if detach.is_empty() { 125 } else { 1 };
+        let status = if detach.is_empty() { 127 } else { 1 };
         ensure!(output.status.code() == Some(status) && output_text(&output).contains("/no/such/program"), "{output:?}");
         xctl.leaves_nothing().await?;
     }

@@ -159,7 +159,9 @@ pub(crate) async fn exec_runs_beside_the_program(cx: Context) -> Result<()> {
     let output = exec(&["-e", "B=2", "-w", "/tmp", "-u", "user", "long", "sh", "-c", "echo $A $B; pwd; id -u; echo oops >&2; exit 5"])?;
     ensure!(output.stdout == b"1 2\n/tmp\n1000\n" && output.stderr == b"oops\n" && output.status.code() == Some(5), "{output:?}");
     let output = exec(&["long", "/no/such/program"])?;
-    ensure!(output.status.code() == Some(125) && output_text(&output).contains("/no/such/program"), "{output:?}");
+    ensure!(output.status.code() == Some(127) && output_text(&output).contains("/no/such/program"), "{output:?}");
+    let output = exec(&["long", "/etc"])?;
+    ensure!(output.status.code() == Some(126) && output_text(&output).contains("/etc"), "{output:?}");
     let mut child = Child::piped(&xctl.command(&["exec", "-i", "long", "wc", "-c"]))?;
     child.stdin.take().context("piped")?.write_all(&vec![b'x'; 1_000_001]).await?;
     ensure!(child.line().await?.trim() == "1000001" && child.status().await? == 0);

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use log::debug;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::lock;
@@ -17,7 +17,7 @@ use crate::content::Digest;
 use crate::error::{Error, Result};
 use crate::images::plan::{Layer, Plan};
 use crate::images::unpack::Unpacker;
-use crate::images::unpack::layer::{AT_ONCE, Job as LayerJob};
+use crate::images::unpack::layer::{Job as LayerJob, Slots};
 use crate::images::unpack::record::{Recorded, label_layer};
 use crate::name::Namespace;
 use crate::snapshots::Snapshotter;
@@ -75,7 +75,7 @@ impl Job {
         }
         let states = (0..plan.layers.len()).map(|number| if number < first { State::Taken } else { State::Coming }).collect();
         let shared = Arc::new(Shared { layers: Mutex::new(states), changes: watch::Sender::default() });
-        let slots = Arc::new(Semaphore::new(AT_ONCE));
+        let slots = Arc::<Slots>::default();
         let mut tasks = JoinSet::new();
         for (number, layer) in plan.layers.iter().enumerate().skip(first) {
             let job = LayerJob {

@@ -389,8 +389,8 @@ const KEPT_IN_ALL: usize = 32;
 const KEPT_FOR: Duration = Duration::from_secs(30);
 /// Of an answer.
 const HEADERS: usize = 128;
-/// A connection buffers so much at most, and a head is no longer.
-const BUFFER_BYTES: usize = 256 << 10;
+/// A connection buffers so much at most, and a head is no longer. Of larger buffers the allocator would map and unmap each.
+const BUFFER_BYTES: usize = 64 << 10;
 /// How fast a server is expected to verify what was pushed.
 const SERVER_BYTES_PER_SECOND: u64 = 16 << 20;
 /// Of a body that is not needed: a longer one costs more than a new connection.

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use log::debug;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::Unpacker;
-use crate::content::{Bytes, Digest, not_found};
+use crate::content::{Bytes, Digest, Found, not_found};
 use crate::error::{Error, Result};
 use crate::images::plan::Layer;
 use crate::layers::{self, Applied, Beneath, Cancel, LayerError, LayerLimits, Lowers, Target};
@@ -30,9 +30,27 @@ pub(in crate::images) struct Job {
     pub(in crate::images) below: Option<Vec<PathBuf>>,
     /// Whether the blob may still arrive.
     pub(in crate::images) waits: bool,
-    /// How many of the same image are unpacked at once, of those that are there: other images get their turn.
-    pub(in crate::images) slots: Arc<Semaphore>,
+    /// Those of the same image.
+    pub(in crate::images) slots: Arc<Slots>,
     pub(in crate::images) on_bytes: OnBytes,
+}
+
+/// How many layers of one image are unpacked at once: other images get their turn, and each takes some MiB for as long as it is unpacked.
+#[derive(Debug)]
+pub(in crate::images) struct Slots(Semaphore);
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self(Semaphore::new(AT_ONCE))
+    }
+}
+
+impl Slots {
+    /// One for a layer that arrives, if one is free: it is held for as long as the layer's client likes, so that the last one is left to those
+    /// that are there.
+    fn try_take_arriving(&self) -> Option<SemaphorePermit<'_>> {
+        self.0.try_acquire_many(2).ok()?.split(1)
+    }
 }
 
 /// A layer in a draft. Its diffID is right, and its blob is in the content store.
@@ -65,38 +83,35 @@ impl Unpacker {
             let cancel = Cancel::default();
             let _ends_with_caller = cancel.guard();
             match self.content.bytes(&job.namespace, &blob, &cancel).await? {
-                Some(mut bytes @ Bytes::Whole(_)) => {
-                    let _slot = match job.slots.try_acquire() {
-                        Ok(slot) => slot,
-                        Err(_) => {
-                            // what waits has no file open
-                            drop(bytes);
-                            // the semaphore is never closed
-                            let Ok(slot) = job.slots.acquire().await else { return Err(not_found(&blob)) };
-                            bytes = Bytes::Whole(self.content.read(&job.namespace, &blob).await?);
-                            slot
-                        }
-                    };
+                Some(Found::Whole) => {
+                    // what waits has no file open; the semaphore is never closed
+                    let Ok(_slot) = job.slots.0.acquire().await else { return Err(not_found(&blob)) };
+                    let bytes = Bytes::Whole(self.content.read(&job.namespace, &blob).await?);
                     let work = self.work(&job, bytes, cancel.clone()).await?;
                     return self.layers.run(work).await?;
                 }
-                Some(bytes @ Bytes::Arriving(_)) if job.waits => {
-                    let work = self.work(&job, bytes, cancel.clone()).await?;
-                    match self.arriving.try_run(work).await {
-                        Ok(Ok(outcome)) => {
-                            // only then its bytes were those that were asked for
-                            self.content.wait(&job.namespace, &blob).await?;
-                            return Ok(outcome);
+                Some(Found::Arriving(follower)) if job.waits => {
+                    if let Some(slot) = job.slots.try_take_arriving() {
+                        let work = self.work(&job, Bytes::Arriving(follower), cancel.clone()).await?;
+                        match self.arriving.try_run(work).await {
+                            Ok(Ok(outcome)) => {
+                                drop(slot);
+                                // only then its bytes were those that were asked for
+                                self.content.wait(&job.namespace, &blob).await?;
+                                return Ok(outcome);
+                            }
+                            // its bytes may be wrong, or its client is too slow: once all of it is there, the blob decides
+                            Ok(Err(error)) => debug!(layer:% = blob, error = error.chain(); "a layer that arrives cannot be unpacked yet"),
+                            // no thread is free
+                            Err(Ok(work)) => drop(work),
+                            Err(Err(error)) => return Err(error),
                         }
-                        // its bytes may be wrong, or its client is too slow: once all of it is there, the blob decides
-                        Ok(Err(error)) => debug!(layer:% = blob, error = error.chain(); "a layer that arrives cannot be unpacked yet"),
-                        // no thread is free
-                        Err(Ok(work)) => drop(work),
-                        Err(Err(error)) => return Err(error),
+                    } else {
+                        drop(follower);
                     }
                     self.content.wait(&job.namespace, &blob).await?;
                 }
-                Some(Bytes::Arriving(_)) | None if !job.waits => return Err(not_found(&blob)),
+                Some(Found::Arriving(_)) | None if !job.waits => return Err(not_found(&blob)),
                 _ => changes.of(&job.namespace, &blob).await,
             }
         }
@@ -175,7 +190,26 @@ impl fmt::Debug for Job {
     }
 }
 
-/// Layers of one image.
-pub(in crate::images) const AT_ONCE: usize = 3;
+/// Layers of one image. Of those that arrive, as many as are fetched at once by default.
+const AT_ONCE: usize = 4;
 /// How much is unpacked between two reports.
 const REPORT_BYTES: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_arrive_leave_one_slot_to_those_that_are_there() {
+        let slots = Slots::default();
+        let arriving: Vec<_> = std::iter::from_fn(|| slots.try_take_arriving()).collect();
+        assert_eq!(arriving.len(), AT_ONCE - 1);
+        let last = slots.0.try_acquire().expect("it is free");
+        assert!(slots.0.try_acquire().is_err());
+        drop((arriving, last));
+        let there: Vec<_> = (0..AT_ONCE).map(|_| slots.0.try_acquire().expect("all are free")).collect();
+        assert!(slots.try_take_arriving().is_none());
+        drop(there);
+        assert!(slots.try_take_arriving().is_some());
+    }
+}

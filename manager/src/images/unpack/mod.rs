@@ -21,7 +21,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::plan::Plan;
@@ -35,7 +34,7 @@ use crate::snapshots::{Snapshots, Snapshotter};
 use crate::store::snapshots::Place;
 use crate::store::{Meta, Store};
 use claims::{Claim, Claims};
-use layer::{AT_ONCE, Job, Outcome};
+use layer::{Job, Outcome, Slots};
 pub(in crate::images) use record::label as label_all;
 use record::{Recorded, label, label_layer};
 
@@ -113,7 +112,7 @@ struct Work {
     plan: Plan,
     place: Place,
     on_progress: OnProgress,
-    slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
     /// Chains that no one else unpacks, by number of the layer.
     claimed: BTreeMap<usize, Claim>,
     /// Layers that are not recorded yet.
@@ -133,7 +132,7 @@ impl Unpacker {
     pub(crate) async fn unpack(&self, image: Unpack, on_progress: OnProgress) -> Result<Unpacked> {
         let plan = Plan::read(&self.content, &image.namespace, &image.manifest).await?;
         let place = Place { namespace: image.namespace.to_string(), snapshotter: image.snapshotter.name().to_owned() };
-        let (claimed, done, slots) = (BTreeMap::new(), BTreeMap::new(), Arc::new(Semaphore::new(AT_ONCE)));
+        let (claimed, done, slots) = (BTreeMap::new(), BTreeMap::new(), Arc::default());
         let mut work = Work { image, plan, place, on_progress, slots, claimed, done };
         let (count, mut new_layers, mut seen) = (work.plan.layers.len(), 0, 0);
         // an image may have no layers

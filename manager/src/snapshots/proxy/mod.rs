@@ -10,15 +10,14 @@
 //!
 //! **Invariants:** what the proxy has under other keys is not touched. A proxy that is gone, or hangs, holds up nothing but its own calls.
 
-mod client;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, Kind, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
     StatSnapshotRequest, UsageRequest, ViewSnapshotRequest,
@@ -26,11 +25,12 @@ use containerd_client::services::v1::snapshots::{
 use containerd_client::types::Mount;
 use log::warn;
 use tonic::Code;
+use tonic::transport::Channel;
 
 use crate::error::{Error, Result};
+use crate::proxy::{ANSWER_BYTES, Client, LONG, SHORT, within};
 use crate::settings::ProxyPlugin;
 use crate::store::snapshots::Usage;
-use client::Client;
 
 /// A snapshotter of another process; cheap to clone.
 #[derive(Debug, Clone)]
@@ -47,7 +47,7 @@ pub(super) type Proxies = Arc<BTreeMap<String, Proxy>>;
 /// Those that are configured.
 pub(super) fn all(plugins: &[ProxyPlugin]) -> Proxies {
     let proxy = |plugin: &ProxyPlugin| Proxy {
-        client: Client::new(&plugin.name, &plugin.address),
+        client: Client::new(&format!("snapshotter {}", plugin.name), &plugin.address),
         plugin: Arc::new(plugin.clone()),
         removing: Arc::default(),
     };
@@ -68,6 +68,10 @@ fn number_in(namespace: &str, key: &str) -> Option<i64> {
 }
 
 impl Proxy {
+    fn service(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.client.channel()).max_decoding_message_size(ANSWER_BYTES)
+    }
+
     /// Makes an active snapshot or a view, and returns its mounts.
     pub(super) async fn make(
         &self,
@@ -77,7 +81,7 @@ impl Proxy {
         is_view: bool,
         labels: HashMap<String, String>,
     ) -> Result<Vec<Mount>> {
-        let (mut service, snapshotter) = (self.client.snapshots(), self.plugin.snapshotter.clone());
+        let (mut service, snapshotter) = (self.service(), self.plugin.snapshotter.clone());
         if is_view {
             let request = ViewSnapshotRequest { snapshotter, key, parent, labels };
             let answer = self.client.call(LONG, namespace, request, |request| async move { service.view(request).await });
@@ -89,14 +93,14 @@ impl Proxy {
     }
 
     pub(super) async fn mounts(&self, namespace: &str, key: String) -> Result<Vec<Mount>> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         let request = MountsRequest { snapshotter: self.plugin.snapshotter.clone(), key };
         let answer = self.client.call(SHORT, namespace, request, |request| async move { service.mounts(request).await });
         Ok(answer.await?.mounts)
     }
 
     pub(super) async fn usage(&self, namespace: &str, key: String) -> Result<Usage> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         let request = UsageRequest { snapshotter: self.plugin.snapshotter.clone(), key };
         let answer = self.client.call(LONG, namespace, request, |request| async move { service.usage(request).await }).await?;
         Ok(Usage { bytes: answer.size, inodes: answer.inodes })
@@ -104,7 +108,7 @@ impl Proxy {
 
     /// Commits a snapshot. That it is committed under that name already is fine: an earlier attempt was cut off.
     pub(super) async fn commit(&self, namespace: &str, key: String, name: String, labels: HashMap<String, String>) -> Result<()> {
-        let (mut service, snapshotter) = (self.client.snapshots(), self.plugin.snapshotter.clone());
+        let (mut service, snapshotter) = (self.service(), self.plugin.snapshotter.clone());
         let request = CommitSnapshotRequest { snapshotter, key, name: name.clone(), labels };
         let committed = self.client.call(LONG, namespace, request, |request| async move { service.commit(request).await }).await;
         match committed {
@@ -116,13 +120,13 @@ impl Proxy {
     }
 
     async fn stat(&self, namespace: &str, key: String) -> Result<()> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         let request = StatSnapshotRequest { snapshotter: self.plugin.snapshotter.clone(), key };
         self.client.call(SHORT, namespace, request, |request| async move { service.stat(request).await }).await.map(drop)
     }
 
     pub(super) async fn remove(&self, namespace: &str, key: &str) -> Result<()> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         let request = RemoveSnapshotRequest { snapshotter: self.plugin.snapshotter.clone(), key: key.to_owned() };
         match self.client.call(SHORT, namespace, request, |request| async move { service.remove(request).await }).await {
             Err(error) if error.code() == Code::NotFound => Ok(()),
@@ -137,7 +141,7 @@ impl Proxy {
 
     /// Its own name of a layer that it has by itself, on a parent that is its own too, or empty.
     pub(super) async fn find(&self, namespace: &str, target: &str, parent: &str) -> Result<Option<String>> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         // not every proxy filters: it is looked at here, too
         let filters = vec![format!("labels.{TARGET_LABEL:?}=={target:?},parent=={parent:?}")];
         let request = ListSnapshotsRequest { snapshotter: self.plugin.snapshotter.clone(), filters };
@@ -153,8 +157,7 @@ impl Proxy {
             }
             Ok(None)
         };
-        let late = |_| tonic::Status::unavailable(format!("its list did not end within {LONG:?}"));
-        tokio::time::timeout(LONG, found).await.map_err(late).flatten().map_err(|status| self.client.failed(&status))
+        within(LONG, found).await.map_err(|status| self.client.failed(&status))
     }
 
     /// Removes snapshots, by namespace and key, children first. What cannot be removed is logged, and `has_left` set.
@@ -195,7 +198,7 @@ impl Proxy {
 
     /// Keys and parents of all snapshots that it has in a namespace.
     async fn list(&self, namespace: &str) -> Result<Vec<(String, String)>> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         let request = ListSnapshotsRequest { snapshotter: self.plugin.snapshotter.clone(), filters: Vec::new() };
         let mut pages = self.client.call(SHORT, namespace, request, |request| async move { service.list(request).await }).await?;
         let mut all = Vec::new();
@@ -208,15 +211,13 @@ impl Proxy {
             }
             Ok(())
         };
-        let late = |_| tonic::Status::unavailable(format!("its list did not end within {LONG:?}"));
-        let listed = tokio::time::timeout(LONG, every).await.map_err(late).flatten();
-        listed.map_err(|status| self.client.failed(&status))?;
+        within(LONG, every).await.map_err(|status| self.client.failed(&status))?;
         Ok(all)
     }
 
     /// Has it clean up. That it has no such method is fine.
     pub(super) async fn cleanup(&self, namespace: &str) -> Result<()> {
-        let mut service = self.client.snapshots();
+        let mut service = self.service();
         let request = CleanupRequest { snapshotter: self.plugin.snapshotter.clone() };
         match self.client.call(LONG, namespace, request, |request| async move { service.cleanup(request).await }).await {
             Err(Error::Remote { code: Code::Unimplemented, .. }) => Ok(()),
@@ -233,9 +234,5 @@ pub(super) fn inherited(labels: &HashMap<String, String>) -> HashMap<String, Str
 
 /// The name that a snapshot is to have when it is committed.
 const TARGET_LABEL: &str = "containerd.io/snapshot.ref";
-/// For calls that look something up, or remove it.
-const SHORT: Duration = Duration::from_secs(60);
-/// For calls that may fetch, copy or measure files.
-const LONG: Duration = Duration::from_secs(600);
 /// Of one namespace, that a cleanup looks at.
 const MOST_SNAPSHOTS: usize = 1_000_000;

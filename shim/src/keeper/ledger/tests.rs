@@ -329,6 +329,23 @@ fn an_entry_expires_unless_it_is_set_again() {
 }
 
 #[test]
+fn an_entry_does_not_expire_while_clients_ask() {
+    let now = Instant::now();
+    let mut ledger = Ledger::default();
+    ledger.postpone_expiry(now);
+    let set = Commit { state: vec![("@pod".into(), Some(vec![1]))], expiring: vec![("@pod".into(), 7)], ..Commit::default() };
+    ledger.commit(&mut { set }, now);
+    let [second, fifth, last] = [1, 5, 12].map(|seconds| now + Duration::from_secs(seconds));
+    ledger.postpone_expiry(second);
+    ledger.postpone_expiry(fifth);
+    assert_eq!(ledger.deadline(fifth), Some(last));
+    assert!(ledger.expire(last - Duration::from_millis(1)).is_empty());
+    assert_eq!(ledger.expire(last), ["@pod"]);
+    ledger.postpone_expiry(last);
+    assert!(ledger.deadline(last).is_none(), "it has expired");
+}
+
+#[test]
 fn a_keeper_that_may_exit_stays_for_its_clients_as_long_as_it_was_told() {
     let mut ledger = Ledger::default();
     assert_eq!(ledger.linger(), Duration::ZERO);

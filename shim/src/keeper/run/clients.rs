@@ -21,6 +21,9 @@ impl Keeper {
             return;
         }
         let (requests, is_connected) = self.relay.turn(id, &mut self.poll);
+        if !requests.is_empty() {
+            self.ledger.postpone_expiry(now);
+        }
         for request in requests {
             let asker = Asker::Client(request.caller);
             match self.ledger.answer_about_pod(asker, &request.payload) {
@@ -37,7 +40,11 @@ impl Keeper {
     /// Accepts new connections. A failure is retried on a timer: the listener is edge-triggered and does not report them again.
     pub(super) fn accept(&mut self, now: Instant) {
         let was_well = self.timers.accept_at.take().is_none();
+        let before = self.relay.count();
         let (clients, control_clients) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
+        if self.relay.count() > before {
+            self.ledger.postpone_expiry(now);
+        }
         if let Err(error) = clients.and(control_clients) {
             if was_well {
                 warn!(error:%; "cannot accept a connection, will retry");
@@ -88,10 +95,14 @@ impl Keeper {
         self.forget_for(container, &why, now);
     }
 
-    /// Drops the entries of the state that have expired: a pod that was never started.
+    /// Drops the entries of the state that have expired: a pod that was never started, and about which no client has asked since.
     pub(super) fn expire(&mut self, now: Instant) {
         for key in self.ledger.expire(now) {
-            self.forget_for(&key, &format!("{key} has expired: it was created and never started"), now);
+            self.forget_for(
+                &key,
+                &format!("{key} has expired: it was created and never started, and no client has asked about it since"),
+                now,
+            );
         }
     }
 

@@ -95,7 +95,8 @@ impl Image {
         let digest = manifest.split('"').find(|word| word.starts_with("sha256:")).context("a digest")?.to_owned();
         fs::write(image.folder.join("manifest"), digest)?;
         let mut pack = Command::new("tar");
-        pack.arg("-C").arg(&image.folder).arg("-cf").arg(image.archive()).args(["oci-layout", "index.json", "blobs"]);
+        // by name, as containerd's own exports have them: what comes first says how early a daemon knows what the layers are
+        pack.arg("-C").arg(&image.folder).args(["--sort=name", "-cf"]).arg(image.archive()).args(["blobs", "index.json", "oci-layout"]);
         ensure!(pack.status()?.success());
         Ok(())
     }
