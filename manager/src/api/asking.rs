@@ -5,7 +5,7 @@ use containerd_client::to_any;
 use containerd_client::types::transfer::{AuthRequest, AuthResponse, AuthType};
 use tokio::sync::Mutex;
 
-use super::streaming::{Stream, decode};
+use super::stream::{Stream, decode};
 use crate::error::{Error, Result};
 use crate::images::registry::{Challenge, Credentials, Secret};
 
@@ -71,7 +71,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::api::streaming::stream;
+    use crate::api::stream::stream;
 
     #[tokio::test]
     async fn a_credential_that_comes_late_goes_to_no_other_host() {

@@ -81,7 +81,9 @@ impl ContentService {
             .write(move |db| {
                 let found = blobs::get(db, namespace.as_str(), digest.as_str())?;
                 let mut info = found.ok_or_else(|| content::not_found(&digest))?;
-                apply(&mut info, &new, paths.as_deref())?;
+                let wrong = |path: &str| Error::Invalid(format!("cannot update {path:?} field on content info {:?}", new.digest));
+                mask::update_labels(&mut info.labels, &new.labels, paths.as_deref()).map_err(wrong)?;
+                name::labels(&info.labels)?;
                 info.updated_at = Some(timestamp::now());
                 blobs::put(db, namespace.as_str(), digest.as_str(), &info)?;
                 Ok(info)
@@ -389,19 +391,6 @@ impl Session {
 
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
-}
-
-/// Takes what the paths name from `new`.
-fn apply(info: &mut Info, new: &Info, paths: Option<&[String]>) -> Result<()> {
-    let all = ["labels".to_owned()];
-    for path in paths.unwrap_or(&all) {
-        match path.strip_prefix("labels") {
-            Some("") => info.labels = mask::without_empty(new.labels.clone()),
-            Some(key) if key.starts_with('.') => mask::update_label(&mut info.labels, &key[1..], &new.labels),
-            _ => return Err(Error::Invalid(format!("cannot update {path:?} field on content info {:?}", new.digest))),
-        }
-    }
-    name::labels(&info.labels)
 }
 
 /// What containerd's clients call files of an archive that they import begins so.

@@ -11,14 +11,13 @@ use containerd_client::services::v1::{
 use super::call::Call;
 use super::mask;
 use super::search::{Filters, Search};
-use crate::content::hold;
 use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::filter::{Fields, label, text};
 use crate::gate::Gate;
 use crate::gc::Collector;
-use crate::images::{put, validate};
-use crate::store::{Meta, Store, images, namespaces};
+use crate::images::{IMAGES, put, validate};
+use crate::store::{Meta, Resource, Store, images, namespaces, resources};
 use crate::timestamp;
 
 impl Fields for Image {
@@ -77,8 +76,7 @@ impl Images {
                     return Err(Error::AlreadyExists(Object::Image(new.name)));
                 }
                 namespaces::ensure(db, place.as_str())?;
-                put(db, place.as_str(), &new)?;
-                hold(db, place.as_str(), lease.as_deref(), "images", &new.name)
+                put(db, place.as_str(), &new, lease.as_deref())
             })
             .await?;
         let event = ImageCreate { name: image.name.clone(), labels: image.labels.clone() };
@@ -93,7 +91,7 @@ impl Images {
             return Err(Error::Invalid("image name is required for update".to_owned()));
         }
         let now = request.source_date_epoch.unwrap_or_else(timestamp::now);
-        let place = namespace.clone();
+        let (place, lease) = (namespace.clone(), call.lease());
         let updated = self
             .store
             .write(move |db| {
@@ -101,7 +99,7 @@ impl Images {
                 apply(&mut image, &new, paths.as_deref())?;
                 validate(&image)?;
                 image.updated_at = Some(now);
-                put(db, place.as_str(), &image)?;
+                put(db, place.as_str(), &image, lease.as_deref())?;
                 Ok(image)
             })
             .await?;
@@ -115,9 +113,13 @@ impl Images {
     pub(super) async fn delete(self: Arc<Self>, call: Call, request: DeleteImageRequest) -> Result<()> {
         let (namespace, name) = (call.namespace()?, request.name.clone());
         let (place, target) = (namespace.clone(), request.target.map(|target| target.digest).filter(|digest| !digest.is_empty()));
+        let lease = call.lease();
         let pass = self.gate.enter().await?;
         self.store
             .remove(move |db| {
+                if let Some(lease) = &lease {
+                    resources::remove(db, place.as_str(), lease, &Resource { kind: IMAGES.to_owned(), id: name.clone() })?;
+                }
                 if let Some(target) = &target {
                     let image = images::get(db, place.as_str(), &name)?.ok_or_else(|| not_found(&name))?;
                     let leads_to = image.target.map(|target| target.digest).unwrap_or_default();
@@ -166,8 +168,62 @@ fn apply(image: &mut Image, new: &Image, paths: Option<&[String]>) -> Result<()>
 
 #[cfg(test)]
 mod tests {
+    use containerd_client::services::v1::Lease;
+    use prost_types::FieldMask;
+
     use super::*;
     use crate::images::image;
+    use crate::layers::testing::is_root;
+    use crate::settings::Settings;
+    use crate::store::leases;
+
+    #[tokio::test]
+    async fn a_lease_holds_the_images_that_expire_until_they_are_deleted() {
+        if !is_root() {
+            return;
+        }
+        let folder = scratch::Folder::new("image-leases");
+        let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
+        let parts = crate::parts::Parts::open(&settings).await.expect("a store");
+        let service = parts.services().images;
+        let lease = Lease { id: "l".to_owned(), ..Lease::default() };
+        let added = move |db: &mut Meta<'_>| {
+            namespaces::ensure(db, "n")?;
+            leases::put(db, "n", "l", &lease)
+        };
+        parts.store.write(added).await.expect("a lease");
+        let call = |lease: &str| {
+            let mut request = tonic::Request::new(());
+            request.metadata_mut().insert("containerd-namespace", "n".parse().expect("a value"));
+            request.metadata_mut().insert("containerd-lease", lease.parse().expect("a value"));
+            Call::of(&request)
+        };
+        let named = |name: &str, expires: bool| {
+            let labels = expires.then(|| ("containerd.io/gc.expire".to_owned(), "2100-01-01T00:00:00Z".to_owned()));
+            Image { name: name.to_owned(), labels: labels.into_iter().collect(), ..image() }
+        };
+        let create = async |lease: &str, image| {
+            let request = CreateImageRequest { image: Some(image), ..CreateImageRequest::default() };
+            Arc::clone(&service).create(call(lease), request).await
+        };
+        let held = async || {
+            let held = parts.store.read(|db| resources::list(db, "n", "l")).await.expect("read");
+            held.into_iter().map(|held| format!("{}/{}", held.kind, held.id)).collect::<Vec<_>>()
+        };
+        create("l", named("stays", false)).await.expect("created");
+        create("gone", named("other", false)).await.expect("no lease is needed");
+        assert_eq!(create("gone", named("expires", true)).await.expect_err("no lease").code(), tonic::Code::NotFound);
+        assert_eq!(held().await, [""; 0]);
+        create("l", named("expires", true)).await.expect("created");
+        assert_eq!(held().await, ["images/expires"]);
+        let update_mask = Some(FieldMask { paths: vec!["labels".to_owned()] });
+        let request = UpdateImageRequest { image: Some(named("stays", true)), update_mask, ..UpdateImageRequest::default() };
+        Arc::clone(&service).update(call("l"), request).await.expect("updated");
+        assert_eq!(held().await, ["images/expires", "images/stays"]);
+        let request = DeleteImageRequest { name: "expires".to_owned(), ..DeleteImageRequest::default() };
+        Arc::clone(&service).delete(call("l"), request).await.expect("deleted");
+        assert_eq!(held().await, ["images/stays"]);
+    }
 
     #[test]
     fn an_update_changes_what_its_mask_names_and_nothing_else() {

@@ -30,6 +30,7 @@ mod sandboxes;
 mod search;
 mod serve;
 mod snapshots;
+mod stream;
 mod streaming;
 mod tasks;
 mod transfer;

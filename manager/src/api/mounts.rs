@@ -1,6 +1,7 @@
 //! `containerd.services.mounts.v1.Mounts`
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio_stream::Stream;
@@ -49,17 +50,10 @@ impl MountService {
     /// Only labels can change.
     pub(super) async fn update(self: Arc<Self>, call: Call, request: UpdateRequest) -> Result<ActivationResponse> {
         let new = request.info.ok_or_else(|| Error::Invalid("info must be set".to_owned()))?;
-        let paths = mask::paths(request.update_mask).unwrap_or_else(|| vec!["labels".to_owned()]);
-        let name = new.name.clone();
-        let change = move |labels: &mut std::collections::HashMap<String, String>| {
-            for path in paths {
-                match path.strip_prefix("labels") {
-                    Some("") => *labels = mask::without_empty(new.labels.clone()),
-                    Some(key) if key.starts_with('.') => mask::update_label(labels, &key[1..], &new.labels),
-                    _ => return Err(Error::Invalid(format!("cannot update {path:?} field on mount {:?}", new.name))),
-                }
-            }
-            Ok(())
+        let (name, paths) = (new.name.clone(), mask::paths(request.update_mask));
+        let change = move |labels: &mut HashMap<String, String>| {
+            let wrong = |path: &str| Error::Invalid(format!("cannot update {path:?} field on mount {:?}", new.name));
+            mask::update_labels(labels, &new.labels, paths.as_deref()).map_err(wrong)
         };
         Ok(ActivationResponse { info: Some(self.mounts.relabel(&call.namespace()?, &name, change).await?) })
     }

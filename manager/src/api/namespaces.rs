@@ -103,13 +103,7 @@ impl Namespaces {
 }
 
 fn apply(record: &mut Record, new: &Record, paths: Option<&[String]>) -> Result<()> {
-    let all = ["labels".to_owned()];
-    for path in paths.unwrap_or(&all) {
-        match path.strip_prefix("labels") {
-            Some("") => record.labels = mask::without_empty(new.labels.clone()),
-            Some(key) if key.starts_with('.') => mask::update_label(&mut record.labels, &key[1..], &new.labels),
-            _ => return Err(Error::Invalid(format!("cannot update field {path:?} of namespace {:?}", new.name))),
-        }
-    }
+    let wrong = |path: &str| Error::Invalid(format!("cannot update field {path:?} of namespace {:?}", new.name));
+    mask::update_labels(&mut record.labels, &new.labels, paths).map_err(wrong)?;
     name::labels(&record.labels)
 }

@@ -186,20 +186,12 @@ fn new(call: &Call, new_key: String, parent: String, kind: Kind, labels: HashMap
 
 /// What an update does: only labels can change.
 fn change(new: &Info, paths: Option<Vec<String>>) -> Result<Change> {
+    let wrong = |path: &str| Error::Invalid(format!("cannot update {path:?} field on snapshot {:?}", new.name));
+    mask::update_labels(&mut HashMap::new(), &new.labels, paths.as_deref()).map_err(wrong)?;
     let labels = new.labels.clone();
-    let Some(paths) = paths else { return Ok(Box::new(move |old| *old = mask::without_empty(labels))) };
-    for path in &paths {
-        if path != "labels" && !path.starts_with("labels.") {
-            return Err(Error::Invalid(format!("cannot update {path:?} field on snapshot {:?}", new.name)));
-        }
-    }
     Ok(Box::new(move |old| {
-        for path in paths {
-            match path.strip_prefix("labels.") {
-                Some(key) => mask::update_label(old, key, &labels),
-                None => *old = mask::without_empty(labels.clone()),
-            }
-        }
+        // the paths are right
+        let _ = mask::update_labels(old, &labels, paths.as_deref());
     }))
 }
 

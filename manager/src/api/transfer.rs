@@ -19,7 +19,8 @@ use tokio::task::JoinSet;
 
 use super::asking::Asking;
 use super::call::Call;
-use super::streaming::{Stream, Streams, decode};
+use super::stream::{Stream, decode};
+use super::streaming::Streams;
 use super::{contents, mask};
 use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
@@ -466,7 +467,7 @@ const MOST_OPTIONS: usize = 100;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::streaming::stream;
+    use crate::api::stream::stream;
 
     #[tokio::test]
     async fn reports_end_with_their_transfer_also_when_it_is_given_up() {

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::Transfers;
 use super::document::{Descriptor, OCI_INDEX, RawDescriptor};
-use super::import::LAYOUT_VERSION;
+use super::index::LAYOUT_VERSION;
 use super::lease::{Lease, Place};
 use super::names::{IMAGE_NAME, REF_NAME, familiar, tag};
 use super::platform::{Platform, Platforms};

@@ -87,9 +87,7 @@ impl Transfers {
     /// Marks leases of transfers which go on in the process that takes over. Nothing else changes the store meanwhile.
     pub(crate) async fn keep_leases(&self) -> Result<()> {
         let kept: Vec<_> = self.leases.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
-        if kept.is_empty() {
-            return Ok(());
-        }
+        // also if there are none: changes whose callers have left without waiting for them are done before this one
         let mark = |db: &mut Meta<'_>| {
             for (namespace, id) in kept {
                 if let Some(mut lease) = leases::get(db, namespace.as_str(), &id)? {
@@ -199,10 +197,50 @@ impl Drop for Lease {
     }
 }
 
-const EXPIRE: &str = "containerd.io/gc.expire";
+/// The label with the time from which on the collector takes something for garbage that nothing else leads to.
+pub(super) const EXPIRE: &str = "containerd.io/gc.expire";
 /// On leases of transfers.
 const TRANSFER: &str = "x-manager/transfer";
 /// The label's value once another process has the transfer.
 const GOES_ON: &str = "goes on";
 /// If this process is killed, and no other is started.
 const LONGEST_SECONDS: i64 = 24 * 3600;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::layers::testing::is_root;
+    use crate::settings::Settings;
+
+    #[tokio::test]
+    async fn a_process_that_takes_over_finds_changes_done_whose_callers_have_left() {
+        if !is_root() {
+            return;
+        }
+        let folder = scratch::Folder::new("left-changes");
+        let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
+        let parts = crate::parts::Parts::open(&settings).await.expect("a store");
+        let (begun, begins) = mpsc::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let store = parts.store.clone();
+        let caller = tokio::spawn(async move {
+            let slow = move |db: &mut Meta<'_>| {
+                begun.send(()).expect("the test waits");
+                ends.recv().expect("the test ends it");
+                namespaces::ensure(db, "late")
+            };
+            store.write(slow).await
+        });
+        tokio::task::spawn_blocking(move || begins.recv()).await.expect("no panic").expect("it runs");
+        caller.abort();
+        let mut kept = std::pin::pin!(parts.transfers.keep_leases());
+        assert!(tokio::time::timeout(Duration::from_millis(20), kept.as_mut()).await.is_err(), "it waits for the change");
+        end.send(()).expect("it runs");
+        kept.await.expect("room");
+        let found = parts.store.read(namespaces::list).await.expect("read");
+        assert!(found.iter().any(|namespace| namespace.name == "late"), "{found:?}");
+    }
+}

@@ -22,6 +22,7 @@ mod fetch;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod import;
+mod index;
 mod ingest;
 mod lease;
 mod names;
@@ -53,7 +54,7 @@ pub(crate) use pull::Pull;
 pub(crate) use push::Push;
 #[cfg(test)]
 pub(crate) use record::tests::image;
-pub(crate) use record::{put, validate};
+pub(crate) use record::{IMAGES, put, validate};
 pub(crate) use tree::Selection;
 
 use crate::content::{Content, Digest};

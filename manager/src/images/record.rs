@@ -7,6 +7,7 @@ use containerd_client::services::v1::{Image, ImageCreate, ImageUpdate};
 
 use super::Transfers;
 use super::document::Descriptor;
+use super::lease::EXPIRE;
 use super::tree::Tree;
 use crate::content::{Digest, hold, not_found};
 use crate::error::{Error, Object, Result};
@@ -45,10 +46,11 @@ impl Origin {
     }
 }
 
-/// An image's record is written.
-pub(crate) fn put(db: &mut Meta<'_>, namespace: &str, image: &Image) -> Result<()> {
+/// Writes the record of an image. The lease holds it if it expires; others need none, as with containerd, which does not look for it then.
+pub(crate) fn put(db: &mut Meta<'_>, namespace: &str, image: &Image, lease: Option<&str>) -> Result<()> {
     images::put(db, namespace, &image.name, image)?;
-    images::note_target(db, namespace, image)
+    images::note_target(db, namespace, image)?;
+    hold(db, namespace, lease.filter(|_| image.labels.contains_key(EXPIRE)), IMAGES, &image.name)
 }
 
 /// Refuses what cannot be an image's record.
@@ -115,9 +117,8 @@ impl Transfers {
                 let old = images::get(db, place.as_str(), &image.name)?;
                 image.created_at = old.as_ref().map_or(now, |old| old.created_at);
                 image.updated_at = now;
-                put(db, place.as_str(), &image)?;
                 // the client's own lease may hold more than this transfer
-                hold(db, place.as_str(), lease.as_deref(), "images", &image.name)?;
+                put(db, place.as_str(), &image, lease.as_deref())?;
                 done.push((image, old.is_some()));
             }
             Ok(done)
@@ -143,6 +144,8 @@ impl Transfers {
 const MAX_NAME_BYTES: usize = 4096;
 /// Of key and value.
 const MOST_LABEL_BYTES: usize = 4096;
+/// The kind of resource that a lease holds images as.
+pub(crate) const IMAGES: &str = "images";
 const DISTRIBUTION_SOURCE: &str = "containerd.io/distribution.source";
 
 #[cfg(test)]

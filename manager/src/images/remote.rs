@@ -32,7 +32,7 @@ pub(super) struct Remote {
     namespace: Namespace,
     place: Place,
     lease: String,
-    /// As the snapshotter is told it.
+    /// The image's name, which the snapshotter gets as a label.
     name: String,
     manifest: Digest,
     image: Image,

@@ -210,15 +210,22 @@ pub(crate) async fn a_lease_holds_what_its_calls_create_until_it_ends(cx: Contex
     let begun = containerd_client::services::v1::WriteContentRequest { expected: stored.clone(), ..stat("r") };
     refused(Upload::begin(&second, begun).await, Code::AlreadyExists, "already exists")?;
     create(&second, image("i", &stored)).await?;
-    ensure!(held("second").await? == [format!("content {stored}"), "images i".to_owned()]);
+    // an image needs no lease, unless it expires
+    ensure!(held("second").await? == [format!("content {stored}")]);
+    let expires = [("containerd.io/gc.expire".to_owned(), "2100-01-01T00:00:00Z".to_owned())].into();
+    create(&second, Image { labels: expires, ..image("e", &stored) }).await?;
+    ensure!(held("second").await? == [format!("content {stored}"), "images e".to_owned()]);
     delete(client, "i").await?;
+    delete(&second, "e").await?;
+    ensure!(held("second").await? == [format!("content {stored}")]);
     delete_lease(client, "first").await?;
     ensure!(is_there(client, &stored).await?);
     delete_lease(client, "second").await?;
     ensure!(!is_there(client, &stored).await?);
     // without such a lease nothing is stored
     refused(store_with(&second, "r").await, Code::NotFound, "lease does not exist: not found")?;
-    refused(create(&second, image("i", NONE)).await, Code::NotFound, "lease does not exist: not found")?;
+    let expires = [("containerd.io/gc.expire".to_owned(), "2100-01-01T00:00:00Z".to_owned())].into();
+    refused(create(&second, Image { labels: expires, ..image("i", NONE) }).await, Code::NotFound, "lease does not exist: not found")?;
     // one that expires is collected without a call
     let soon = Timestamp::from(SystemTime::now() + Duration::from_secs(2)).to_string();
     let labels = [("containerd.io/gc.expire".to_owned(), soon)].into();

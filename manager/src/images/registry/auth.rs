@@ -1,4 +1,4 @@
-//! Who this client is to one host: passwords, and tokens for scopes.
+//! How this client authenticates to one host: with a password, or with tokens for scopes.
 //!
 //! ```text
 //! 401 with a challenge ─▶ credential asked for once ─▶ Basic: sent from then on

@@ -25,13 +25,13 @@ use super::resolve::plain;
 use super::url::Url;
 use super::{Descriptor, Registry};
 
-/// Bytes that arrive. They are the descriptor's in number; whether they are its content, their digest tells.
+/// The bytes of a blob as they arrive: as many as its descriptor says. Their digest is not verified here.
 pub(crate) struct Blob {
     registry: Registry,
     content: Descriptor,
     /// Of the next byte.
     offset: u64,
-    /// Who is asked, the one in use first.
+    /// The hosts that are asked, the one in use first.
     places: Vec<Arc<Host>>,
     /// Which of them is asked several times: the one in use, or at first the registry itself.
     steady: usize,

@@ -63,7 +63,7 @@ pub(super) enum Target<'a> {
     Url(&'a Url),
 }
 
-/// An answer that is no redirect, and who gave it.
+/// An answer that is no redirect, and the URL that gave it.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) response: Response,

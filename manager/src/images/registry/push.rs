@@ -134,10 +134,15 @@ impl Registry {
             size => Payload::Source { source, offset: 0, size, progress },
         };
         let (mut sent, mut at, mut offset) = (self.finish(host, &location, content, payload).await, location, 0);
+        let mut small_steps = 0;
         while let Err(Why::Broken(_)) = sent {
             match self.received(host, &at, content).await {
-                Ok(Some((kept, next))) if kept > offset => (offset, at) = (kept, next),
-                // nothing of it, or no more than before
+                Ok(Some((kept, next))) if kept > offset && small_steps < self.limits().attempts => {
+                    // one that keeps a byte of each attempt would be asked as often as the blob has bytes
+                    small_steps += u32::from(kept - offset < STEP_BYTES);
+                    (offset, at) = (kept, next);
+                }
+                // nothing of it, no more than before, or too little too often
                 _ => return sent,
             }
             debug!(host:% = host.name(), digest:% = content.digest, offset; "an upload is resumed");
@@ -252,5 +257,7 @@ fn is_same(answer: &Answer, digest: &Digest) -> Result<(), Why> {
 const STORED: [u16; 4] = [200, 201, 202, 204];
 /// Of an upload that has begun, or of a mount.
 const BEGUN: [u16; 4] = [200, 201, 202, 204];
+/// Of an upload that is resumed: what is worth another attempt, however often that happens.
+const STEP_BYTES: u64 = 1 << 20;
 /// Repositories that a blob is asked for.
 const MOUNTS: usize = 3;

@@ -20,7 +20,7 @@ struct Inner {
     released: Notify,
 }
 
-/// A chain that no one else unpacks, until it is dropped.
+/// The right to unpack a chain; until it is dropped, no other caller unpacks it.
 #[derive(Debug)]
 pub(super) struct Claim {
     claims: Claims,

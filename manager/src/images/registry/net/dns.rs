@@ -324,7 +324,7 @@ async fn text(path: &Path) -> String {
     on_thread(read).await.unwrap_or_default()
 }
 
-/// A number that others cannot guess: with the port, it is what tells an answer from a forged one.
+/// A number that others cannot guess: an answer with another number, or to another port, is forged.
 fn random() -> u16 {
     let hash = RandomState::new().build_hasher().finish();
     u16::try_from(hash & 0xffff).unwrap_or_default()

@@ -105,7 +105,7 @@ impl ResolvesClientCert for Keys {
     }
 }
 
-/// `skip_verify`: the server only proves that it has the key of its certificate, whosever that is.
+/// `skip_verify`: any certificate is accepted; the server only proves that it has the key of it.
 #[derive(Debug)]
 struct Unverified(Arc<CryptoProvider>);
 

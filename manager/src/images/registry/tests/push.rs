@@ -229,6 +229,25 @@ async fn an_upload_goes_on_behind_what_the_registry_has_kept() {
 }
 
 #[tokio::test]
+async fn a_registry_that_keeps_a_byte_of_each_attempt_ends_a_push() {
+    let world = World::new("byte");
+    let content = bytes(500);
+    let registry = Double::http(move |seen, nth| match seen.method.as_str() {
+        "HEAD" => Reply::new(404),
+        "POST" => Reply::new(202).header("location", format!("/u/{nth}")),
+        // it counts requests, so that each has one more byte
+        "GET" => Reply::new(204).header("range", format!("0-{}", nth % 500)),
+        _ => Reply::closed(),
+    })
+    .await;
+    let client = world.plain(&registry, "a/b").await;
+    let error = pushed(&client, &content, &[]).await.expect_err("it never takes all");
+    assert_eq!(error.code(), tonic::Code::Unavailable, "{error}");
+    let requests = registry.seen().len();
+    assert!(requests < 250, "{requests} requests");
+}
+
+#[tokio::test]
 async fn credentials_do_not_go_to_another_host_that_takes_the_upload() {
     let world = World::new("other-host");
     let store = Double::http(|seen, _| Reply::new(if seen.header("authorization").is_some() { 400 } else { 201 })).await;
