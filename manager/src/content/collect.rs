@@ -76,12 +76,21 @@ impl Content {
             let pinned = lock(&self.pinned);
             unheld.retain(|digest| !pinned.contains_key(digest));
         }
-        let files = Arc::clone(&self.files);
-        let removed = self.pool.run(move || unheld.iter().map(|digest| files.remove(digest)).collect::<Vec<_>>()).await?;
+        let remove = |digests: Vec<Digest>| {
+            let files = Arc::clone(&self.files);
+            self.pool.run(move || digests.iter().map(|digest| files.remove(digest)).collect::<Vec<_>>())
+        };
+        // the folder is locked for half of what a removal has to do
+        let half = unheld.split_off(unheld.len() / 2);
+        let (removed, others) = tokio::join!(remove(unheld), remove(half));
+        let removed = removed?.into_iter().chain(others?);
         {
             let pinned = lock(&self.pinned);
+            let mut unreferenced = lock(&self.unreferenced);
             // one that is pinned meanwhile is looked at again
-            lock(&self.unreferenced).retain(|digest| !batch.contains(digest) || pinned.contains_key(digest));
+            for digest in batch.iter().filter(|digest| !pinned.contains_key(digest)) {
+                unreferenced.remove(digest);
+            }
         }
         drop(publishing);
         let mut aside = Vec::new();
@@ -181,7 +190,7 @@ fn abandoned(db: &Meta<'_>, ingests: Vec<(Status, Option<String>)>, now: i64) ->
 }
 
 /// Files that are looked at while no blob can be committed.
-const BATCH: usize = 64;
+const BATCH: usize = 128;
 /// An ingest without a lease stays that long after it was written last.
 const EXPIRY: Duration = Duration::from_secs(24 * 60 * 60);
 /// A folder that is no whole ingest may be in the making for that long.

@@ -205,7 +205,7 @@ impl Collector {
 
 /// Objects that are removed in one transaction: rows are spread over the store by the digests of blobs, and each transaction writes every page that
 /// it changes once.
-const BATCH: usize = 2048;
+const BATCH: usize = 4096;
 /// The same when the disk is nearly full.
 const FEW: usize = 128;
 /// For that long other writes wait for the next commit: as long as for the disk.

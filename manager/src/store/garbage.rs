@@ -7,7 +7,7 @@
 //! References under a condition (`conditions.rs`) are edges from what is live, if the condition is true at that moment.
 //! Of what a lease with the label `containerd.io/gc.flat` holds, only targets and parents are kept too, not what labels name.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use rusqlite::{OptionalExtension as _, params};
 
@@ -106,16 +106,25 @@ pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node], is_enough: &dy
     let conditions = conditions::satisfied(db, now)?;
     let (mut dead, mut flat) = (HashSet::new(), HashMap::new());
     for some in marked.chunks(STEP) {
+        let free = unreferenced(db, some)?;
         let mut check = Check { db, now, dead, flat, conditions: &conditions };
-        let mut doomed = Vec::new();
+        let (mut content, mut others) = (BTreeMap::<_, Vec<_>>::new(), Vec::new());
         for node in some {
-            if !check.is_live(node)? {
-                doomed.push(node);
+            if free.contains(node) || !check.is_live(node)? {
+                if node.kind == CONTENT {
+                    content.entry(node.namespace.as_str()).or_default().push(node.id.as_str());
+                } else {
+                    others.push(node);
+                }
             }
         }
         (dead, flat) = (check.dead, check.flat);
         // no root leads to any of them: what leads to the next ones is the same without them
-        for node in doomed {
+        for (namespace, ids) in content {
+            let node = |id| Node { namespace: namespace.to_owned(), kind: CONTENT.to_owned(), id };
+            swept.content.extend(blobs::remove_all(db, namespace, &ids)?.into_iter().map(node));
+        }
+        for node in others {
             remove(db, node, &mut swept)?;
         }
         swept.seen += some.len();
@@ -138,18 +147,31 @@ fn remove(db: &mut Meta<'_>, node: &Node, swept: &mut Swept) -> Result<()> {
                 swept.bytes += found.usage.map_or(0, |usage| usage.bytes);
             }
         }
-        None if node.kind == IMAGES => {
+        None => {
             if images::remove(db, namespace, id)? {
                 swept.images.push(node.clone());
             }
         }
-        None => {
-            if blobs::remove(db, namespace, id)? {
-                swept.content.push(node.clone());
-            }
-        }
     }
     Ok(())
+}
+
+/// Those of the objects that are blobs to which nothing at all leads: most of what is marked. One query for many takes a fraction of the time.
+fn unreferenced<'n>(db: &Meta<'_>, nodes: &'n [Node]) -> Result<HashSet<&'n Node>> {
+    let mut by_namespace = BTreeMap::<_, Vec<_>>::new();
+    for node in nodes.iter().filter(|node| node.kind == CONTENT) {
+        by_namespace.entry(node.namespace.as_str()).or_default().push(node);
+    }
+    let mut free = HashSet::new();
+    for (namespace, nodes) in by_namespace {
+        let ids = serde_json::Value::from(nodes.iter().map(|node| node.id.as_str()).collect::<Vec<_>>()).to_string();
+        let mut select = db.0.prepare_cached(UNREFERENCED).doing("prepare")?;
+        let places = select.query_map([namespace, &ids], |row| row.get::<_, u32>(0)).doing("check")?;
+        for place in places {
+            free.extend(usize::try_from(place.doing("check")?).ok().and_then(|place| nodes.get(place)));
+        }
+    }
+    Ok(free)
 }
 
 /// Whether something holds mounts that were made for a client: a lease, or what their labels name.
@@ -269,10 +291,10 @@ impl Check<'_, '_> {
                  WHERE s.namespace = ? AND s.snapshotter = ? AND s.key = ?",
                 snapshotter,
             ),
-            None if node.kind == "content" => ("SELECT id FROM images WHERE namespace = ? AND ? = 'images' AND target = ?", IMAGES),
+            None if node.kind == CONTENT => ("SELECT id FROM images WHERE namespace = ? AND ? = 'images' AND target = ?", IMAGES),
             None => return Ok(()),
         };
-        let kind = if node.kind == "content" { IMAGES.to_owned() } else { node.kind.clone() };
+        let kind = if node.kind == CONTENT { IMAGES.to_owned() } else { node.kind.clone() };
         let mut select = self.db.0.prepare_cached(sql).doing("prepare")?;
         let owners = select.query_map([&node.namespace, name, &node.id], |row| row.get(0)).doing("check")?;
         for id in owners {
@@ -285,9 +307,18 @@ impl Check<'_, '_> {
 /// References under a condition, one behind the other: each takes all marks once more.
 pub(crate) const MOST_ROUNDS: usize = 16;
 /// Objects that are looked at, and then removed, before it is asked whether that is enough.
-const STEP: usize = 32;
+const STEP: usize = 128;
+const CONTENT: &str = "content";
 const IMAGES: &str = "images";
 const SNAPSHOTS: &str = "snapshots/";
+
+/// The places, in the list of the second parameter, of blobs that are no roots and to which no object leads. Conditions lead to snapshots only.
+const UNREFERENCED: &str = "
+    SELECT one.key FROM json_each(?2) one
+    WHERE NOT EXISTS (SELECT 1 FROM labels WHERE namespace = ?1 AND kind = 'content' AND id = one.value AND key = 'containerd.io/gc.root')
+        AND NOT EXISTS (SELECT 1 FROM edges WHERE namespace = ?1 AND to_type = 'content' AND to_id = one.value)
+        AND NOT EXISTS (SELECT 1 FROM back_edges WHERE namespace = ?1 AND from_type = 'content' AND from_id = one.value)
+        AND NOT EXISTS (SELECT 1 FROM images WHERE namespace = ?1 AND target = one.value)";
 
 /// All objects that a root leads to at the moment of the parameter, whether or not they exist.
 const LIVE: &str = "

@@ -139,6 +139,14 @@ kind!(blobs, Content, {
         db.0.prepare_cached(sql).and_then(|mut select| select.query_row([digest], |row| row.get(0))).doing("read")
     }
 
+    /// Removes several, and returns those that were there.
+    pub(crate) fn remove_all(db: &mut Meta<'_>, namespace: &str, ids: &[&str]) -> Result<Vec<String>> {
+        let sql = "DELETE FROM content WHERE namespace = ? AND id IN (SELECT value FROM json_each(?)) RETURNING id";
+        let mut delete = db.0.prepare_cached(sql).doing("prepare")?;
+        let removed = delete.query_map([namespace, &serde_json::Value::from(ids).to_string()], |row| row.get(0));
+        removed.and_then(Iterator::collect).doing("remove")
+    }
+
     /// Digests of all content, each once.
     pub(crate) fn digests(db: &Meta<'_>) -> Result<Vec<String>> {
         let mut select = db.0.prepare_cached("SELECT DISTINCT id FROM content").doing("prepare")?;
