@@ -303,7 +303,7 @@ mod tests {
             });
             let busy = tokio::spawn(poll_fn(move |cx| {
                 let step = 1 + steps.fetch_add(1, Ordering::Relaxed);
-                if step % EVERY == 0 {
+                if step.is_multiple_of(EVERY) {
                     here.write_all(&[0]).expect("room");
                 }
                 if step == 50 * EVERY + EVERY / 2 {
