@@ -140,6 +140,16 @@ impl Own {
         self.process.as_ref().map(Child::id)
     }
 
+    /// Kills its first process, if that runs.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Some(mut child) = self.process.take() {
+            child.kill()?;
+            child.wait()?;
+            isolation::forget(child.id());
+        }
+        Ok(())
+    }
+
     /// Waits until its first process exits and returns whether that was a success.
     pub async fn ended(&mut self) -> Result<bool> {
         let Some(child) = &mut self.process else { bail!("it does not run") };

@@ -12,6 +12,8 @@ mod archives;
 mod bad_input;
 #[path = "manager/content.rs"]
 mod content;
+#[path = "manager/content_proxies.rs"]
+mod content_proxies;
 #[path = "manager/ctr.rs"]
 mod ctr;
 #[path = "manager/damage.rs"]
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         archive_cases(),
         ahead_cases(),
         proxy_cases(),
+        content_proxy_cases(),
         ctr_cases(),
         judge_cases(),
         bad_input_cases(),
@@ -108,6 +111,16 @@ fn api_cases() -> Vec<Case> {
             a_burst_of_calls_over_one_connection_is_answered,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_whose_client_disconnects_is_completed,
+    ]
+}
+
+fn content_proxy_cases() -> Vec<Case> {
+    cases![content_proxies,
+        Scope::Once =>
+            content_of_a_proxy_that_is_gone_is_one_clear_error_and_nothing_is_lost,
+            content_that_a_proxy_has_by_itself_is_not_fetched,
+            what_was_acknowledged_outlives_a_kill_and_what_was_not_is_deleted_at_the_proxy,
+            an_upgrade_while_content_is_written_to_a_proxy_is_noticed_by_no_client,
     ]
 }
 

@@ -24,9 +24,9 @@ use shim_tests::upload::store;
 use tonic::Code;
 
 /// A containerd that is killed with the test.
-struct Backend {
-    folder: PathBuf,
-    child: Child,
+pub(crate) struct Backend {
+    pub(crate) folder: PathBuf,
+    pub(crate) child: Child,
 }
 
 impl Drop for Backend {
@@ -47,7 +47,7 @@ impl Backend {
         .await
     }
 
-    async fn start(folder: &Path) -> Result<Self> {
+    pub(crate) async fn start(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder)?;
         let place = folder.display();
         let text = format!(
@@ -79,7 +79,7 @@ impl Backend {
         Ok(backend)
     }
 
-    fn address(&self) -> PathBuf {
+    pub(crate) fn address(&self) -> PathBuf {
         self.folder.join("c.sock")
     }
 
