@@ -117,6 +117,7 @@ fn api_cases() -> Vec<Case> {
 fn content_proxy_cases() -> Vec<Case> {
     cases![content_proxies,
         Scope::Once =>
+            an_image_whose_content_is_at_stock_containerd_is_used_like_any_other,
             content_of_a_proxy_that_is_gone_is_one_clear_error_and_nothing_is_lost,
             content_that_a_proxy_has_by_itself_is_not_fetched,
             what_was_acknowledged_outlives_a_kill_and_what_was_not_is_deleted_at_the_proxy,

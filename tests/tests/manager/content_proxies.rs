@@ -3,16 +3,20 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::services::v1::{DeleteRequest, InfoRequest};
+use containerd_client::services::v1::{CreateRequest, DeleteContentRequest, DeleteRequest, InfoRequest};
+use containerd_client::types::transfer::ImageExportStream;
 use shim_tests::client::Client;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::{Own, output_text, printed};
 use shim_tests::registry::Registry;
-use shim_tests::transfers::{self, OCI_LAYER, Parts, blobs, pull, remove, sha256, tar, this_machine};
+use shim_tests::rootfs;
+use shim_tests::suite::Suite;
+use shim_tests::transfers::{self, OCI_LAYER, Parts, blobs, export, pull, remove, sha256, tar, this_machine};
 use shim_tests::upload::{Upload, commit, read, stat, store, write};
 use tokio::sync::Notify;
 use tonic::Code;
@@ -52,6 +56,10 @@ fn files(own: &Own) -> Result<Vec<String>> {
     Ok(names)
 }
 
+fn digests(parts: &Parts) -> BTreeSet<String> {
+    parts.blobs.keys().cloned().collect()
+}
+
 /// An image of two layers with some MiB that differ.
 fn image(text: &str) -> (Parts, serde_json::Value) {
     let mut parts = Parts::default();
@@ -61,6 +69,100 @@ fn image(text: &str) -> (Parts, serde_json::Value) {
     let layers: Vec<_> = tars.into_iter().map(|tar| parts.put(OCI_LAYER, tar)).collect();
     let root = parts.manifest(&this_machine().architecture, &layers, &diff_ids);
     (parts, root)
+}
+
+/// Waits for a collection.
+async fn collected(client: &Client) -> Result<()> {
+    let lease = CreateRequest { id: "empty".to_owned(), ..CreateRequest::default() };
+    client.api().leases().create(client.request(lease)).await?;
+    client.api().leases().delete(client.request(DeleteRequest { id: "empty".to_owned(), sync: true })).await?;
+    Ok(())
+}
+
+pub(crate) async fn an_image_whose_content_is_at_stock_containerd_is_used_like_any_other(cx: Context) -> Result<()> {
+    let backend = Backend::start(&cx.folder().join("backend")).await?;
+    let mut own = Own::new(&cx.folder().join("own"), &settings(&backend.address()))?;
+    let mut command = own.command(&[])?;
+    command.env("PATH", cx.daemon().path());
+    let client = own.start_as(command).await?;
+    let address = own.address();
+    let ctr = |arguments: &[&str]| {
+        let mut command = Command::new(Suite::Forky.program("ctr"));
+        command.arg("--address").arg(&address).args(arguments);
+        printed(&mut command)
+    };
+    let plugins = ctr(&["plugins", "ls"])?;
+    ensure!(plugins.lines().any(|line| line.contains("io.containerd.content.v1") && line.contains(FAR)), "{plugins}");
+    // an image with a program, imported and run
+    let folder = cx.folder().join("rootfs");
+    rootfs::make(&folder)?;
+    let archive = Command::new("tar").arg("-C").arg(&folder).args(["-cf", "-", "."]).output()?.stdout;
+    let mut parts = Parts::default();
+    let diff_id = sha256(&archive);
+    let layer = parts.put(OCI_LAYER, archive);
+    let mut root = parts.manifest(&this_machine().architecture, &[layer], &[diff_id]);
+    root["annotations"] = serde_json::json!({ "io.containerd.image.name": "localhost/box:1" });
+    let file = cx.folder().join("image.tar");
+    fs::write(&file, parts.layout(&[root]))?;
+    let file = file.display().to_string();
+    ctr(&["images", "import", &file])?;
+    // the archive's own index has no name
+    collected(&client).await?;
+    let rows: BTreeSet<_> = blobs(&client).await?.into_iter().collect();
+    ensure!(rows.len() >= 3, "{rows:?}");
+    eventually("the proxy has what the image has", SOON, async || {
+        let there = there(&backend).await?;
+        ensure!(there == rows, "{:?}", there.symmetric_difference(&rows));
+        Ok(())
+    })
+    .await?;
+    ensure!(files(&own)?.is_empty(), "{:?}", files(&own)?);
+    // the proxy collects, and nothing there leads to it
+    let far = Client::connect(&backend.address(), FAR).await?;
+    collected(&far).await?;
+    ensure!(there(&backend).await? == rows, "{:?}", there(&backend).await?);
+    let cgroup = cx.cgroup_path("far");
+    let (name, runtime) = ("localhost/box:1", cx.shim().runtime_type.as_str());
+    let said = ctr(&["run", "--rm", "--runtime", runtime, "--cgroup", &cgroup, name, "far", "/bin/busybox", "echo", "hello"])?;
+    ensure!(said == "hello\n", "{said}");
+    // by a process that has written nothing: all comes back
+    let exported = export(&client, name, ImageExportStream::default()).await?;
+    own.kill()?;
+    let client = own.start().await?;
+    ensure!(export(&client, name, ImageExportStream::default()).await? == exported, "other bytes");
+    for digest in &rows {
+        ensure!(sha256(&read(&client, digest, 0, 0).await?) == *digest, "{digest}");
+    }
+    ensure!(printed(&mut own.command(&["check"])?)?.contains("is sound"));
+    let verified = printed(&mut own.command(&["verify"])?)?;
+    ensure!(verified.contains(&format!("{} blobs are sound", rows.len())), "{verified} {}", rows.len());
+    // step by step, as clients of 1.6 do, in another namespace: what is there is not sent again, and stays until no namespace has it
+    ctr(&["--namespace", "second", "images", "import", "--local", &file])?;
+    ctr(&["images", "rm", "--sync", name])?;
+    let second: BTreeSet<_> = blobs(&Client::connect(&address, "second").await?).await?.into_iter().collect();
+    ensure!(blobs(&client).await?.is_empty() && second.len() >= 3);
+    eventually("the proxy has what the second namespace has", SOON, async || {
+        let there = there(&backend).await?;
+        ensure!(there == second, "{:?}", there.symmetric_difference(&second));
+        Ok(())
+    })
+    .await?;
+    ctr(&["--namespace", "second", "images", "rm", "--sync", name])?;
+    is_emptied(&backend).await?;
+    // pulled and unpacked, and what only the proxy has is damaged there
+    let (registry, (parts, root)) = (Registry::start(None).await?, image("pulled"));
+    parts.publish(&registry, "app:1", &root)?;
+    pull(&client, &registry.image("app:1")).await?;
+    ensure!(there(&backend).await? == digests(&parts) && transfers::snapshots(&client).await?.len() == 2);
+    let lost = root["digest"].as_str().context("a digest")?.to_owned();
+    far.api().content().delete(far.request(DeleteContentRequest { digest: lost.clone() })).await?;
+    let checked = own.command(&["check"])?.output()?;
+    let sentence = format!("content proxy {FAR}: {lost} is not there");
+    ensure!(!checked.status.success() && output_text(&checked).contains(&sentence), "{}", output_text(&checked));
+    pull(&client, &registry.image("app:1")).await?;
+    ensure!(printed(&mut own.command(&["check"])?)?.contains("is sound"), "the pull brought it");
+    remove(&client, &registry.image("app:1")).await?;
+    is_emptied(&backend).await
 }
 
 pub(crate) async fn content_of_a_proxy_that_is_gone_is_one_clear_error_and_nothing_is_lost(cx: Context) -> Result<()> {
@@ -161,7 +263,8 @@ pub(crate) async fn what_was_acknowledged_outlives_a_kill_and_what_was_not_is_de
         Ok(())
     })
     .await?;
-    ensure!(printed(&mut own.command(&["verify"])?)?.contains(&format!("{} blobs are sound", rows.len())));
+    let verified = printed(&mut own.command(&["verify"])?)?;
+    ensure!(verified.contains(&format!("{} blobs are sound", rows.len())), "{verified} {}", rows.len());
     let request = DeleteRequest { id: "test".to_owned(), sync: true };
     client.api().leases().delete(client.request(request)).await?;
     is_emptied(&backend).await?;
