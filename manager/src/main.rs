@@ -19,6 +19,7 @@ mod forward;
 pub mod fuzz;
 mod gate;
 mod gc;
+mod gc_labels;
 mod guarded;
 mod host;
 mod images;

@@ -1,6 +1,6 @@
 //! Blobs that clients read on: Docker reads a blob by a call for every 32 KiB.
 //!
-//! **Invariants:** a blob is given only while its row is there: whoever removes one calls [`Opened::clear`] before it answers. A client that begins anew opens
+//! **Invariants:** a blob is given out only while its row exists: code that removes a row calls [`Opened::clear`] before it answers. A client that begins anew opens
 //! the file anew. What clients have left unread holds a few descriptors, until something is removed.
 
 use std::collections::VecDeque;

@@ -368,7 +368,7 @@ impl Writer {
                 Err(error)
             }
             Err(error) => {
-                // no row names what is there, unless the client comes again
+                // no row names the proxy's blob, unless the client comes again
                 content.has_left.store(true, Ordering::Relaxed);
                 if !matches!(error, Error::NotFound(Object::Ingest(_))) {
                     self.state = State::Writing(ingest);

@@ -11,7 +11,7 @@ use super::{Digest, lock};
 #[derive(Debug, Default)]
 pub(super) struct Turns(Arc<Mutex<HashMap<Digest, Arc<Turn<()>>>>>);
 
-/// A blob that is nobody else's.
+/// The turn to work on a blob, which one task has at a time.
 #[derive(Debug)]
 pub(super) struct Taken {
     all: Arc<Mutex<HashMap<Digest, Arc<Turn<()>>>>>,

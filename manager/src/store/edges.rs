@@ -1,15 +1,7 @@
 //! What objects refer to, as rows that are written with the object.
 //!
-//! ```text
-//! label of an object                          leads to
-//! containerd.io/gc.ref.content[.x|/x]         content VALUE
-//! containerd.io/gc.ref.image[.x|/x]           image VALUE
-//! containerd.io/gc.ref.snapshot.NAME[/x]      snapshot VALUE of the snapshotter NAME
-//! containerd.io/gc.bref.…                     the same the other way round: as long as VALUE is there, the object is kept
-//! containerd.io/gc.bref.container[.x|/x]      as long as container VALUE is there
-//! ```
-//! The target of an image and the parent of a snapshot are columns of those. **Invariant:** edges are a function of the object that they start
-//! from, except for leases, whose edges are the resources that clients add.
+//! Labels lead to objects as `gc_labels.rs` says. The target of an image and the parent of a snapshot are columns of those.
+//! **Invariant:** edges are a function of the object that they start from, except for leases, whose edges are the resources that clients add.
 
 use std::collections::HashMap;
 
@@ -17,6 +9,7 @@ use rusqlite::Connection;
 
 use super::{Doing as _, Resource};
 use crate::error::Result;
+use crate::gc_labels::Reference;
 
 /// What one object refers to, and what keeps it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,32 +25,14 @@ impl References {
     pub(crate) fn in_labels(labels: &HashMap<String, String>) -> Self {
         let mut references = Self::default();
         for (key, value) in labels {
-            if let Some(kind) = key.strip_prefix(REF).and_then(kind) {
-                references.to.push(Resource { kind, id: value.clone() });
-            } else if let Some(kind) =
-                key.strip_prefix(BACK).and_then(|rest| if is_named(rest, "container") { Some("containers".to_owned()) } else { kind(rest) })
-            {
-                references.back.push(Resource { kind, id: value.clone() });
+            match Reference::of(key) {
+                Some(Reference::To(kind)) => references.to.push(Resource { kind, id: value.clone() }),
+                Some(Reference::Back(kind)) => references.back.push(Resource { kind, id: value.clone() }),
+                None => {}
             }
         }
         references
     }
-}
-
-/// The kind of object that the rest of such a label's key names.
-fn kind(rest: &str) -> Option<String> {
-    if let Some(rest) = rest.strip_prefix("snapshot.") {
-        let snapshotter = rest.split('/').next().unwrap_or_default();
-        return (!snapshotter.is_empty()).then(|| format!("snapshots/{snapshotter}"));
-    }
-    if is_named(rest, "content") {
-        return Some("content".to_owned());
-    }
-    is_named(rest, "image").then(|| "images".to_owned())
-}
-
-fn is_named(rest: &str, name: &str) -> bool {
-    rest.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '/']))
 }
 
 /// Replaces those of one object.
@@ -73,9 +48,6 @@ pub(super) fn set(db: &Connection, kind: &str, namespace: &str, id: &str, refere
     }
     Ok(())
 }
-
-const REF: &str = "containerd.io/gc.ref.";
-const BACK: &str = "containerd.io/gc.bref.";
 
 #[cfg(test)]
 mod tests {

@@ -100,7 +100,8 @@ fn node(row: &rusqlite::Row<'_>) -> rusqlite::Result<Node> {
     Ok(Node { namespace: row.get(0)?, kind: row.get(1)?, id: row.get(2)? })
 }
 
-/// Removes those of the marked objects that still no root leads to, in their order, until it is enough after so many of them: at least a few.
+/// Removes those of the marked objects that still no root leads to, in their order. After each [`STEP`] of them it asks `is_enough`, with how many it has
+/// looked at, whether to stop.
 pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node], is_enough: &dyn Fn(usize) -> bool) -> Result<Swept> {
     let mut swept = Swept::default();
     let conditions = conditions::satisfied(db, now)?;

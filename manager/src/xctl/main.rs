@@ -19,6 +19,8 @@ mod examples;
 mod exec;
 mod export;
 mod follow;
+#[path = "../gc_labels.rs"]
+mod gc_labels;
 mod image;
 mod images;
 mod import;

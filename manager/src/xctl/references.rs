@@ -10,6 +10,8 @@ use std::time::SystemTime;
 
 use prost_types::Timestamp;
 
+use crate::gc_labels::Reference;
+
 /// An object of the namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Node {
@@ -58,13 +60,10 @@ impl References {
         let mut is_expired = false;
         let mut has_root_label = false;
         for (key, value) in labels {
-            if let Some(kind) = key.strip_prefix("containerd.io/gc.ref.").and_then(kind) {
-                self.label(node, key, Node::new(kind, value));
-            } else if let Some(rest) = key.strip_prefix("containerd.io/gc.bref.") {
-                let kind = if is_named(rest, "container") { Some("containers".to_owned()) } else { kind(rest) };
-                if let Some(kind) = kind {
-                    self.label(&Node::new(kind, value), key, node.clone());
-                }
+            match Reference::of(key) {
+                Some(Reference::To(kind)) => self.label(node, key, Node::new(kind, value)),
+                Some(Reference::Back(kind)) => self.label(&Node::new(kind, value), key, node.clone()),
+                None => {}
             }
             match key.as_str() {
                 "containerd.io/gc.expire" => {
@@ -130,22 +129,6 @@ impl References {
         }
         steps
     }
-}
-
-/// The kind of object that the rest of a label's key names.
-fn kind(rest: &str) -> Option<String> {
-    if let Some(rest) = rest.strip_prefix("snapshot.") {
-        let snapshotter = rest.split('/').next().unwrap_or_default();
-        return (!snapshotter.is_empty()).then(|| format!("snapshots/{snapshotter}"));
-    }
-    if is_named(rest, "content") {
-        return Some("content".to_owned());
-    }
-    is_named(rest, "image").then(|| "images".to_owned())
-}
-
-fn is_named(rest: &str, name: &str) -> bool {
-    rest.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '/']))
 }
 
 #[cfg(test)]

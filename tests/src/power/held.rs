@@ -19,7 +19,7 @@ pub struct HeldFile {
 }
 
 impl HeldFile {
-    /// Whoever opens the file from now on gets its bytes up to there, and waits for the others.
+    /// A reader that opens the file from now on gets the bytes before `from`, and waits for the rest until they are released.
     pub fn over(path: &Path, from: u64) -> Result<Self> {
         let file = File::open(path)?;
         let size = file.metadata()?.len();

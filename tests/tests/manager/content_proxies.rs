@@ -136,7 +136,7 @@ pub(crate) async fn an_image_whose_content_is_at_stock_containerd_is_used_like_a
     ensure!(printed(&mut own.command(&["check"])?)?.contains("is sound"));
     let verified = printed(&mut own.command(&["verify"])?)?;
     ensure!(verified.contains(&format!("{} blobs are sound", rows.len())), "{verified} {}", rows.len());
-    // step by step, as clients of 1.6 do, in another namespace: what is there is not sent again, and stays until no namespace has it
+    // imported by calls of Content into another namespace: the proxy's blobs are not sent again, and stay until no namespace has them
     ctr(&["--namespace", "second", "images", "import", "--local", &file])?;
     ctr(&["images", "rm", "--sync", name])?;
     let second: BTreeSet<_> = blobs(&Client::connect(&address, "second").await?).await?.into_iter().collect();

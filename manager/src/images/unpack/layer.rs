@@ -40,7 +40,7 @@ pub(in crate::images) struct Job {
 pub(in crate::images) struct Slots(Semaphore);
 
 impl Slots {
-    /// For so many layers.
+    /// Lets that many layers be unpacked at once.
     pub(in crate::images) fn new(at_once: usize) -> Self {
         Self(Semaphore::new(at_once))
     }

@@ -128,7 +128,7 @@ impl Unpacker {
         Self { store, content, snapshots, gate, layers, arriving, limits, at_once: UNPACKS, claims: Claims::default() }
     }
 
-    /// Unpacks so many layers of one image at the same time.
+    /// Sets how many layers of one image are unpacked at once.
     pub(crate) fn with_at_once(self, at_once: usize) -> Self {
         Self { at_once, ..self }
     }
